@@ -165,10 +165,10 @@ def verify(
     threads: int | None = None,
     notify: Callable[[Progress], None] | None = None,
 ) -> Verdict:
-    """Compare a merged model with its manifest. Reads everything that has a digest, and needs neither inputs nor Hub.
+    """Compare a merged model or an extracted adapter with its manifest. Reads all that has a digest, and no inputs.
 
     Args:
-        out: directory of the merged model.
+        out: directory of the merged model or the extracted adapter.
         sources: whether to also compare tensors without a digest with their source files, and check that all source
             files are unchanged. The verdict lists source files that are not available.
         threads: number of tensors that are read at a time; by default 4.
@@ -180,7 +180,7 @@ def verify(
     Raises:
         CheckpointError: the manifest is missing or was modified.
         EnvironmentFailure: reading failed.
-        UsageError: `out` is not the directory of a merge, or an argument is invalid.
+        UsageError: `out` is not the directory of a merge or an extracted adapter, or an argument is invalid.
     """
     from .engine.run.verify import THREADS
     from .engine.run.verify import verify as run_verify

@@ -30,14 +30,22 @@ class MergeloomError(Exception):
 
     Attributes:
         warnings: warnings that were found before the error and may explain it; commands print them first.
+        has_location: whether the message begins with a location in the recipe, or does not need one.
     """
 
     exit_code: ClassVar[int] = 1
     warnings: tuple[str, ...] = ()
+    has_location: bool = False
 
     def add_warnings(self, warnings: Iterable[object]) -> None:
         """Add the text of each warning in front of `warnings`, without repeating one."""
         self.warnings = tuple(dict.fromkeys((*map(str, warnings), *self.warnings)))
+
+    def add_location(self, location: Location) -> None:
+        """Begin the message with a location in the recipe, unless it has one."""
+        if not self.has_location:
+            self.args = (f"{location}: {self}",)
+            self.has_location = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,7 @@ class RecipeError(MergeloomError):
     """
 
     exit_code = 2
+    has_location = True
 
     def __init__(
         self,

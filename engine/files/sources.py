@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ...errors import Location
 from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.companions import FileKind, companion_files
 from ..graph.build import BuiltGraph, Model, OutputStack
 from ..model.contents.diffusion import is_diffusion
+from ..model.paths import located, places_of
 from ..model.vocabularies.adapter_tokenizers import adapter_with_tokenizer
 from ..model.vocabularies.added_tokens import AddedToken
 from ..model.vocabularies.known import open_directory
@@ -190,7 +192,8 @@ class FileResolver:
 
     def of(self, reference: ModelReference) -> FileSources:
         """The file sources of a model or of a stage that has been added. Raises CheckpointError."""
-        adapter = adapter_with_tokenizer(reference, self._open)
+        with located(self._recipe, reference):
+            adapter = adapter_with_tokenizer(reference, self._open)
         if adapter is not None:
             files = replace(self.of(reference.base), tokenizer=adapter, tokenizer_from=reference.text)
             return replace(files, template=None, new_tokens=())
@@ -199,7 +202,8 @@ class FileResolver:
         if stage is not None:
             return self._stages[stage.name]
         if reference not in self._models:
-            checkpoint = open_directory(reference) or self._open(reference)
+            with located(self._recipe, reference):
+                checkpoint = open_directory(reference) or self._open(reference)
             name = reference.text
             self._models[reference] = FileSources(
                 checkpoint.config, checkpoint, checkpoint, checkpoint, None, name, name
@@ -283,16 +287,23 @@ class FileResolver:
                 if stage.allow_vocabulary_mismatch
                 else "Add its tokenizer files, or use a model with them",
             )
-        merged = models_with_merged_embeddings(built)
+        merged, places = models_with_merged_embeddings(built), places_of(self._recipe)
+        lines = {each.text: self._recipe.origins.locate(place) for each, place in places.items()}
         self.warnings += check_vocabularies(
-            TokenizerModel(tokenizer.tokenizer_from, tokenizer.tokenizer, new=tokenizer.new_tokens),
-            [self._tokenizer_model(model, merged=model.number in merged) for model in models],
+            TokenizerModel(
+                tokenizer.tokenizer_from,
+                tokenizer.tokenizer,
+                new=tokenizer.new_tokens,
+                location=lines.get(tokenizer.tokenizer_from),
+            ),
+            [self._tokenizer_model(model, lines.get(model.name), merged=model.number in merged) for model in models],
             rule,
         )
 
-    def _tokenizer_model(self, model: Model, *, merged: bool) -> TokenizerModel:
+    def _tokenizer_model(self, model: Model, location: Location | None, *, merged: bool) -> TokenizerModel:
         files = self.of(model.reference)
-        return TokenizerModel(files.tokenizer_from, files.tokenizer, embedding_rows(model), merged, files.new_tokens)
+        rows = embedding_rows(model)
+        return TokenizerModel(files.tokenizer_from, files.tokenizer, rows, merged, files.new_tokens, location)
 
     def _check_tokens(self, stage: Stage, built: BuiltGraph, files: FileSources) -> None:
         """Check the special tokens of a stage's models and, if it is written, those of its output."""
@@ -300,10 +311,10 @@ class FileResolver:
         models = [donor, *(model for model in built.named if model is not donor)]
         tokens = files.special_tokens()
         if stage.tokenizer is None or stage.tokenizer.union:  # otherwise the recipe chooses
-            inputs = {
-                model.name: self.of(model.reference).special_tokens(_renumbering(built, model.reference))
-                for model in models
-            }
+            inputs = {}
+            for reference in (model.reference for model in models):
+                with located(self._recipe, reference):
+                    inputs[reference.text] = self.of(reference).special_tokens(_renumbering(built, reference))
             self.warnings += check_input_tokens(tokens, inputs)
         if stage is not self._recipe.output and not stage.save:
             return

@@ -13,7 +13,7 @@ from ...io.output.directory import OutputDirectory
 from ...io.output.shards import index_bytes
 from ...io.tensors.dtypes import DTYPES
 from ...version import __version__
-from ..graph.encoding.output_values import labels, number_of_parameters
+from ..graph.encoding.output_values import labels, output_counts
 from ..graph.graph import MergeGraph
 from ..graph.layout import Layout
 from ..model.contents.diffusion import is_diffusion
@@ -208,7 +208,7 @@ def _card(content: OutputContent, output: OutputModel) -> str:
         command=content.command,
         versions=content.versions,
         layers=output.layers,
-        parameters=number_of_parameters(graph, content.inputs, output.folder),
+        parameters=output_counts(graph, content.inputs, output.folder).parameters,
         dtype=", ".join(_dtypes(content, output.folder)),
         base_model=base,
         library_name=_library(output.files, [graph.outputs[number].name for number in graph.outputs_in(output.folder)]),

@@ -14,6 +14,7 @@ from ..model.checks.shapes import shape_mismatch
 from ..model.inputs import BoundSlice, Model, OpenModel, open_models
 from ..model.logical import kind_of
 from ..model.modules import StageModules
+from ..model.paths import located
 from ..model.roles import is_buffer, is_head, tied_embedding
 from ..model.vocabularies.gather import gather_embeddings
 from ..model.vocabularies.known import Vocabularies
@@ -75,7 +76,8 @@ def build_graph(
     except TensorMismatch as error:
         cause = explain_mismatch(error, None if stage.modules is None else builder.modules.donor_names)
         cause.add_warnings(builder.warnings)
-        raise cause from error
+        with located(recipe, *(model.reference for model in reversed(error.models))):
+            raise cause from error
     except MergeloomError as error:
         error.add_warnings(builder.warnings)
         raise
@@ -102,7 +104,7 @@ class _GraphBuilder:
         sources = dict.fromkeys(stage_inputs(stage))
         base, named = stage.base_model, (each.model for each in stage.tensors_from)
         references = dict.fromkeys((*sources, *(() if base is None else (base,)), *named))
-        self.models = open_models(references, open_model, stage)
+        self.models = open_models(recipe, stage, references, open_model)
         self.warnings += dict.fromkeys(remark for model in self.models for remark in model.remarks)
         self.sources = self.models[: len(sources)]
         by_reference = {model.reference: model for model in self.models}
@@ -141,7 +143,7 @@ class _GraphBuilder:
         named = [model for model in self.models if model.named]  # which have the first numbers
         self.vocabulary = stage_vocabulary(self.recipe, self.stage, named, self.donor, used, known)
         if self.vocabulary is not None:
-            gather_embeddings(named, self.vocabulary.models)
+            gather_embeddings(self.recipe, named, self.vocabulary.models)
             self.warnings += self.vocabulary.warnings
 
     def build(self) -> BuiltGraph:

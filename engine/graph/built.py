@@ -15,6 +15,7 @@ from ..recipe.parameter_uses import ParameterUse
 from ..recipe.types import Stage
 from .checks.buffers import BufferCheck
 from .checks.partial import PartialTensor
+from .encoding.output_values import OutputCounts, output_counts
 from .fuse import fuse
 from .graph import MergeGraph
 from .usage import Unused
@@ -115,6 +116,12 @@ class BuiltGraph:
     def inlined(self) -> MergeGraph:
         """The graph in which every output is one expression of what files hold: what it is, however it is computed."""
         return self.graph if self.unfused is None else fuse(self.unfused, inline=True)
+
+    @functools.cached_property
+    def counts(self) -> Mapping[str, OutputCounts]:
+        """The numbers of tensors and parameters of each model that is written, by its folder in OUT."""
+        folders = "", *(saved.folder for saved in self.saved)
+        return {folder: output_counts(self.graph, self.models, folder) for folder in folders}
 
     @property
     def layers(self) -> int:

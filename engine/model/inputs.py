@@ -32,6 +32,7 @@ from .experts.mapping import Mapped, NamedCheckpoint, in_layout_of
 from .formats.registry import tensors_of, unknown_quantized
 from .layers import AmbiguousLayers, LayerMap, Stack
 from .logical import LogicalTensors, Tensors
+from .paths import located
 from .warnings import ModelWarning, ModelWarningKind
 
 OpenModel = Callable[[ModelReference], Checkpoint]
@@ -90,7 +91,9 @@ class Model:
         return mains[number]
 
 
-def open_models(references: Collection[ModelReference], open_model: OpenModel, stage: Stage) -> tuple[Model, ...]:
+def open_models(
+    recipe: Recipe, stage: Stage, references: Collection[ModelReference], open_model: OpenModel
+) -> tuple[Model, ...]:
     """Open the models of a stage, and number them in this order; then those that only have parts of their values.
 
     If the layers of one model can't be identified, the tensors of all models are matched by their complete names.
@@ -102,15 +105,17 @@ def open_models(references: Collection[ModelReference], open_model: OpenModel, s
     bases: dict[ModelReference, Model] = {}
     identified = True
     plain = dict.fromkeys(reference.base for reference in references)
-    for reference, (checkpoint, note) in _in_donors_layout(plain, open_model, stage):
-        tensors = _tensors_of(checkpoint, _twin(checkpoint, bases.values()))
+    for reference, (checkpoint, note) in _in_donors_layout(recipe, stage, plain, open_model):
+        with located(recipe, reference):
+            tensors = _tensors_of(checkpoint, _twin(checkpoint, bases.values()))
         try:
             layers = _layers_of(checkpoint, tensors, bases.values())
         except CheckpointError as error:
             reason = needs_layers(stage)
             if not isinstance(error, AmbiguousLayers) or reason is not None:
                 needed = f" They are needed for {reason}." if reason and isinstance(error, AmbiguousLayers) else ""
-                raise CheckpointError(f"{reference.text}: {error}{needed}") from error
+                with located(recipe, reference):
+                    raise CheckpointError(f"{reference.text}: {error}{needed}") from error
             layers, identified = LayerMap((), ()), False
         named = reference in references
         bases[reference] = Model(0, reference, checkpoint, tensors, layers, note=note, named=named)
@@ -125,7 +130,7 @@ def open_models(references: Collection[ModelReference], open_model: OpenModel, s
             model.by_layer, model.non_layer = alike.by_layer, alike.non_layer
         twin = _twin(model.checkpoint, before)
         model.quantized = unknown_quantized(model.checkpoint, model.tensors) if twin is None else twin.quantized
-    adapters = AdapterModels(open_model)
+    adapters = AdapterModels(recipe, open_model)
     models = [bases[each.base] if each is each.base else adapters.apply(each, bases[each.base]) for each in references]
     models += [model for model in bases.values() if not model.named]
     models += adapters.opened
@@ -138,17 +143,20 @@ class AdapterModels:
     """Opens adapters, each once, and applies them to models.
 
     Args:
+        recipe: the recipe, for error messages.
         open_model: function that opens a checkpoint.
     """
 
-    def __init__(self, open_model: OpenModel) -> None:
+    def __init__(self, recipe: Recipe, open_model: OpenModel) -> None:
+        self._recipe = recipe
         self._open = open_model
         self._adapters: dict[ModelReference, Adapter] = {}
 
     def apply(self, reference: ModelReference, base: Model) -> Model:
         """Return a model with adapters. Raises CheckpointError as `open_adapter` and `with_adapters`."""
-        adapters = [self._adapter(each) for each in reference.adapters]
-        tensors = with_adapters(reference.text, base.checkpoint, base.tensors, adapters)
+        with located(self._recipe, reference):
+            adapters = [self._adapter(each) for each in reference.adapters]
+            tensors = with_adapters(reference.text, base.checkpoint, base.tensors, adapters)
         added = [name for name in tensors if name not in base.tensors]
         remarks = [adapter.remark(base.name, base.checkpoint) for adapter in adapters]
         advice = "make sure that the base has the weights that the adapter was trained on"
@@ -186,7 +194,7 @@ class AdapterModels:
 
 
 def _in_donors_layout(
-    references: Collection[ModelReference], open_model: OpenModel, stage: Stage
+    recipe: Recipe, stage: Stage, references: Collection[ModelReference], open_model: OpenModel
 ) -> list[tuple[ModelReference, Mapped]]:
     """Open the models of a stage, with experts in the layout of the donor: the base model, or else the first one.
 
@@ -199,11 +207,16 @@ def _in_donors_layout(
         for other in opened[:1]:
             _share_names(checkpoint, other.checkpoint)
         if checkpoint.files:  # the output of a stage has none
-            check_is_model(reference.text, checkpoint)
+            with located(recipe, reference):
+                check_is_model(reference.text, checkpoint)
         opened.append(NamedCheckpoint(reference.text, checkpoint))
     found = list(references)
     donor = opened[0 if stage.base_model is None else found.index(stage.base_model.base)]
-    return list(zip(found, (in_layout_of(donor, each) for each in opened), strict=True))
+    mapped: list[tuple[ModelReference, Mapped]] = []
+    for reference, each in zip(found, opened, strict=True):
+        with located(recipe, reference):
+            mapped.append((reference, in_layout_of(donor, each)))
+    return mapped
 
 
 def _share_names(checkpoint: Checkpoint, other: Checkpoint) -> None:

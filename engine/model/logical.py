@@ -109,16 +109,18 @@ class LogicalTensors(Mapping[str, "TensorRef | LogicalTensor"]):
         """The names of the quantized values."""
         return compress(self._values.names, self._values.of_classes(lambda like: like.quantized))
 
-    def elements_of(self, part: str) -> int | None:
-        """Return the elements that a part of a decoded value stands for; None for another tensor.
+    def counts_of(self, part: str) -> tuple[int, int] | None:
+        """Return the number of values that a part of a decoded value stands for, and their number of elements.
 
-        They are those of the values whose first part it is: 0 for scales.
+        They are the values whose first part it is: none for scales. The result is None for another tensor.
         """
-        row, elements = self._values.row(part), None
+        row, count, elements, decoded = self._values.row(part), 0, 0, False
         for number in self._values.having(row):
             if (like := self._values.like(number)).decode is not None:
-                elements = (elements or 0) + (like.elements if self._values.first_row(number) == row else 0)
-        return elements
+                decoded = True
+                if self._values.first_row(number) == row:
+                    count, elements = count + 1, elements + like.elements
+        return (count, elements) if decoded else None
 
     def values_of(self, part: str) -> list[str]:
         """Return the names of the values that a stored tensor is a part of."""

@@ -95,12 +95,13 @@ def open_input(recipe: Recipe, reference: ModelReference) -> Checkpoint:
         near = _similar(reference)
         if near is not None:
             raise recipe.error(place, f"{error}; {near}") from error
-        raise type(error)(str(recipe.error(place, f"{error}{siblings_note(reference.path)}"))) from error
+        missing = type(error)(f"{error}{siblings_note(reference.path)}")
+        missing.add_location(recipe.origins.locate(place))
+        raise missing from error
     except CheckpointError as error:
-        place = places_of(recipe).get(reference)
-        if place is None:
-            raise
-        raise type(error)(str(recipe.error(place, str(error)))) from error
+        if (place := places_of(recipe).get(reference)) is not None:
+            error.add_location(recipe.origins.locate(place))
+        raise
     rename = recipe.renames.get(reference)
     return checkpoint if rename is None else renamed(recipe, reference, rename, checkpoint)
 

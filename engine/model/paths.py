@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from ...errors import RecipeError
+from ...errors import CheckpointError, HubUnreachable, RecipeError
 from ...io.hub.repository import cached_snapshot, is_hub_id
 from ..recipe.local import is_local, siblings, similar_path
 from ..recipe.nodes import Keys
@@ -88,6 +90,24 @@ def siblings_note(path: str) -> str:
     parent, names = found
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"; {parent} contains {', '.join(names[:_SHOWN])}{more}"
+
+
+@contextmanager
+def located(recipe: Recipe, *references: ModelReference) -> Iterator[None]:
+    """Begin the message of an error about a model with the line that names the model, unless it has a location.
+
+    Args:
+        recipe: the recipe.
+        references: the model, and others whose line to use if the recipe doesn't name it, as for a stage.
+    """
+    try:
+        yield
+    except (CheckpointError, HubUnreachable) as error:
+        places = places_of(recipe)
+        place = next((places[each] for each in references if each in places), None)
+        if place is not None:
+            error.add_location(recipe.origins.locate(place))
+        raise
 
 
 def places_of(recipe: Recipe) -> dict[ModelReference, Keys]:

@@ -122,10 +122,7 @@ def refuse_other_unfinished(planned: Plan, status: DirectoryStatus, facts: Mappi
     if not status.journal.facts:
         raise UsageError(f"{status} with a damaged journal: choose another OUT, or use --restart to discard it")
     if "extract" in status.journal.facts:
-        raise UsageError(
-            f"{status.path}: holds an unfinished extraction of an adapter, not a merge: choose another OUT, or use "
-            "--restart to discard it"
-        )
+        raise UsageError(f"{status}, not a merge: choose another OUT, or use --restart to discard it")
     now = {**facts, "format": FORMAT}
     if versions := other_version(status.journal.facts, now, ("mergeloom", "arithmetic", "layout", "format")):
         raise UsageError(

@@ -86,12 +86,15 @@ def _refuse_damaged(out: Path, verdict: Verdict) -> None:
         raise CheckpointError(f"{out} holds this merge, finished; {describe_added(verdict.added)}")
 
 
-def describe_added(added: tuple[str, ...]) -> str:
-    """Return the error text for files that loaders would use and the merge did not write."""
+def describe_added(added: tuple[str, ...], made_by: str = "merge") -> str:
+    """Return the error text for files that loaders would use and a merge or an extraction (`made_by`) did not write."""
     names = ", ".join(added[:3]) + (f" and {len(added) - 3} more" if len(added) > 3 else "")
+    text = f"loaders would use files that the {made_by} did not write: {names}; move them out"
+    if made_by != "merge":
+        return text
     return (
-        f"loaders would use files that the merge did not write: {names}; move them out, or, if the model needs them, "
-        "add them to the model that the recipe takes its files from and merge into another OUT"
+        f"{text}, or, if the model needs them, add them to the model that the recipe takes its files from and merge "
+        "into another OUT"
     )
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CheckpointError
 from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.checkpoint.identity import file_identity
 from ...io.hub.checkpoint import HubCheckpoint
-from ...io.json_pieces import equals_pieces, json_pieces
-from ...io.open_source import open_source, read_range
-from ...io.output.digests import BLOCK_BYTES, bytes_digest, pieces_digest, tensor_digest
-from ...io.output.lock import MANIFEST, TO_FINISH, Content, classify, is_inside
+from ...io.output.digests import BLOCK_BYTES, bytes_digest, tensor_digest
+from ...io.output.lock import MANIFEST
+from ...io.output.manifest_file import read_manifest, signed_pieces
 from ...io.tensors.assembled import files_of
 from ...methods.kernel.spec import ARITHMETIC_VERSION
 from ...methods.registry import code_of
@@ -45,7 +43,6 @@ __all__ = [
     "used_files",
 ]
 
-_MAX_BYTES = 128 << 20
 _WORDS = {
     "mergeloom": "the version of mergeloom",
     "seed": "the seed",
@@ -254,97 +251,7 @@ def manifest_pieces(
         "shards": {shard.name: [shard.nbytes, bytes_digest(shard.header)] for shard in plan.layout.shards},
         "tensors": tensors,
     }
-    content["digest"] = _self_digest(content)
-    return _pieces(content)
-
-
-def _self_digest(content: Mapping[str, Any]) -> str:
-    """Return the digest of a manifest without its own ``digest``."""
-    rest = {key: value for key, value in content.items() if key != "digest"}
-    return pieces_digest(json_pieces(rest, sort_keys=True))
-
-
-def read_manifest(out: Path) -> dict[str, Any]:
-    """Read and validate the manifest in a directory. The directory may come from an untrusted source.
-
-    All values have the expected types, and all names of files are inside the directory.
-
-    Raises:
-        MergeloomError: the directory does not hold a finished merge; see `io.output.lock.classify`.
-        CheckpointError: the manifest was changed since it was written.
-        EnvironmentFailure: the disk failed.
-    """
-    status = classify(out)
-    if status.content is not Content.FINISHED:
-        raise status.error(TO_FINISH[status.content])
-    file = out / MANIFEST
-    with open_source(file) as (descriptor, size):
-        if size > _MAX_BYTES:
-            raise CheckpointError(f"{file}: is larger than {_MAX_BYTES} bytes, so it can't be a manifest")
-        data = read_range(descriptor, 0, size, file=file)
-    try:
-        content = json.loads(data)
-        intact = isinstance(content, dict) and content.get("digest") == _self_digest(content)
-        intact = intact and equals_pieces(data, _pieces(content))
-    except (ValueError, RecursionError):
-        intact = False
-    if not intact:
-        raise CheckpointError(
-            f"{file}: was changed since it was written and cannot be used for verification: restore it, or merge into "
-            "another OUT"
-        )
-    if not _is_manifest(content):
-        raise CheckpointError(
-            f"{file}: has an invalid structure and cannot be used for verification: merge into another OUT"
-        )
-    return dict(content)
-
-
-def _pieces(content: Mapping[str, Any]) -> Iterator[bytes]:
-    """Yield the bytes of a manifest."""
-    yield from json_pieces(content, indent=1, ensure_ascii=False)
-    yield b"\n"
-
-
-def _is_manifest(content: Mapping[str, Any]) -> bool:
-    """Whether all values in a manifest have the expected types, and all file names are inside the directory."""
-    models = content.get("models")
-    texts = isinstance(models, list) and all(isinstance(model, str) for model in models)
-    local = content.get("local_models", [])  # older manifests have no such list
-    numbers = isinstance(local, list) and all(isinstance(number, int) for number in local)
-    if not isinstance(models, list) or not texts or not numbers:
-        return False
-
-    def is_file(name: object) -> bool:
-        return isinstance(name, str) and is_inside(name)
-
-    def is_model(number: object) -> bool:
-        return isinstance(number, int) and 0 <= number < len(models)
-
-    def is_digest(value: object) -> bool:
-        if not isinstance(value, dict):
-            return isinstance(value, str)
-        offset = value.get("offset")
-        is_origin = isinstance(offset, int) and 0 <= offset < 1 << 63 and isinstance(value.get("copied", False), bool)
-        return is_origin and is_model(value.get("model")) and is_file(value.get("file"))
-
-    def is_shard(value: object) -> bool:
-        return isinstance(value, list) and [type(part) for part in value] == [int, str]
-
-    def is_source(files: object) -> bool:
-        return isinstance(files, dict) and all(is_file(name) for name in files)
-
-    checks: dict[str, tuple[Callable[[str], bool], Callable[[object], bool]]] = {
-        "shards": (is_file, is_shard),
-        "files": (is_file, lambda digest: isinstance(digest, str)),
-        "tensors": (lambda name: True, is_digest),
-        "sources": (lambda number: number.isdecimal() and len(number) < 9 and is_model(int(number)), is_source),
-    }
-    return all(
-        isinstance(part := content.get(key), dict)
-        and all(is_name(name) and is_value(value) for name, value in part.items())
-        for key, (is_name, is_value) in checks.items()
-    )
+    return signed_pieces(content)
 
 
 def tensor_entries(plan: Plan, digests: Mapping[int, list[bytes]]) -> dict[str, str | dict[str, Any]]:

@@ -26,7 +26,7 @@ from ..files.sources import FileSources, OutputModel
 from ..files.write import OutputContent
 from ..graph.build import BuiltGraph
 from ..graph.encoding.output_sizes import OutputSizes, output_sizes
-from ..graph.encoding.output_values import labels, number_of_parameters
+from ..graph.encoding.output_values import labels
 from ..graph.graph import Kind
 from ..graph.layout import Layout
 from ..model.open import is_remote
@@ -116,8 +116,9 @@ class Plan:
 
     def __repr__(self) -> str:
         """One line with the method, the size of the output and the peak RAM."""
-        graph, schedule = self.built.graph, self.schedule
-        size = f"{plural(len(graph.outputs), 'tensor')} of {data_size(self.layout.nbytes)}"
+        schedule = self.schedule
+        tensors = sum(each.tensors for each in self.built.counts.values())
+        size = f"{plural(tensors, 'tensor')} of {data_size(self.layout.nbytes)}"
         ram = f"{memory_size(schedule.peak_ram, up=True)} of {memory_size(schedule.budget.ram)}"
         warnings = f", {plural(len(self.findings), 'warning')}" if self.findings else ""
         return f"<Plan of {self.stage.title}: {size}, peak RAM {ram}{warnings}>"
@@ -255,14 +256,16 @@ class Plan:
     def output_dict(self, made: OutputModel | None = None) -> dict[str, Any]:
         """Return one of the models that are written, by default the output, as plain data. Sizes are in bytes."""
         graph, made = self.built.graph, made or self.made[0]
+        counts = self.built.counts[made.folder]
         nodes = array("I", map(graph.outputs.nodes.__getitem__, graph.outputs_in(made.folder)))
         return {
-            "tensors": len(nodes),
-            "parameters": number_of_parameters(graph, self.built.models, made.folder),
+            "tensors": counts.tensors,
+            "parameters": counts.parameters,
             "bytes": graph.total(graph.nbytes, nodes),
             "layers": made.layers,
             "shards": len(self.layout.shards_in(made.folder)),
             "dtypes": sorted({graph.node_dtype[node].name for node in nodes}),
+            "stored_tensors": counts.stored,
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from ...io import platform
 from ...io.counters import IoCounters
 from ...io.reading import FileStamps, Observe, Reader
 from ..cost.machine import CACHED_SHARE, available_ram, resident_memory
+from ..execute.compute.runner import DamagedInput
 from ..execute.devices import open_devices
 from ..execute.ledger import Ledger
 from ..execute.measurements import Measured
 from ..execute.replan import run_graph
 from ..execute.survival import SurvivalSums
 from ..execute.tasks import Sink
+from ..model.paths import located
 from ..schedule.schedule import Schedule
 from .plan import Plan
 
@@ -55,7 +57,7 @@ def run_lanes(
     inputs = sum(ref.nbytes for ref in plan.built.graph.reads)
     reader = Reader(keep_cached=inputs < CACHED_SHARE * available_ram(), stamps=stamps, observe=observe)
     try:
-        with _explained(schedule):
+        with _located(plan), _explained(schedule):
             return run_graph(
                 plan.built.graph,
                 schedule,
@@ -73,6 +75,16 @@ def run_lanes(
             )
     finally:
         reader.close()
+
+
+@contextmanager
+def _located(plan: Plan) -> Iterator[None]:
+    """Begin the message of an error about a model's values with the line of the recipe that names the model."""
+    try:
+        yield
+    except DamagedInput as error:
+        with located(plan.recipe, plan.built.models[error.model].reference):
+            raise
 
 
 @contextmanager

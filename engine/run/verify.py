@@ -1,4 +1,4 @@
-"""Verifies a merged model: compares every file of OUT with the digests in its manifest."""
+"""Verifies a merged model or an extracted adapter: compares every file of OUT with the digests in its manifest."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from typing import Any
 
 from ...errors import MergeloomError, UsageError
 from ...io.checkpoint.checkpoint import Checkpoint
-from ...io.companions import LOADER_FOLDERS, is_loader_file
 from ...io.counters import IoCounters
 from ...io.open_source import open_source, read_range
-from ...io.os_errors import translating_os_errors
 from ...io.output.clone import BLOCK
 from ...io.output.digests import BLOCK_BYTES, BlockDigests, bytes_digest, file_digest
+from ...io.output.manifest_file import added_files, made_by, read_manifest
 from ...io.reading import Reader
 from ...io.safetensors.header import Header, parse_header, read_data_start
 from ...io.tensors.refs import TensorRef
 from ...io.units import data_size, plural
 from ..execute.measurements import Progress
-from .manifest import MANIFEST, identity_of, read_manifest
+from .manifest import identity_of
 
 THREADS = 4
 """Default number of tensors that are read at a time."""
@@ -71,9 +70,9 @@ class Verdict:
         nbytes: size of these tensors in bytes.
         files: number of files that match: shards by size and header, all others by their digest.
         damaged: one text for each part of OUT that does not match the manifest.
-        added: names of files that loaders would use and the merge did not write.
+        added: names of files that loaders would use and mergeloom did not write.
         unverified: tensors that nothing was compared with.
-        changed_sources: with ``sources=True``, source files that are not the ones that were merged.
+        changed_sources: with ``sources=True``, source files that are not the ones that were used.
         missing_sources: with ``sources=True``, source files that could not be checked, with the reason.
     """
 
@@ -129,7 +128,7 @@ def verify(
     """Compare everything in OUT that has a digest with its manifest. Needs no source files and no network.
 
     Args:
-        out: directory of the merged model.
+        out: directory of the merged model or the extracted adapter.
         sources: also compare the tensors without a digest with their source files, and check that all source files
             are unchanged. Source files that are not available are reported, and are not an error.
         models: with ``sources=True``, directory of a source model by its name in the manifest. Others are looked for
@@ -148,12 +147,13 @@ class Verification:
     """One verification of OUT. Creating it reads the manifest and checks the size and header of every shard.
 
     Args:
-        out: directory of the merged model.
+        out: directory of the merged model or the extracted adapter.
         sources: as for `verify`.
         models: as for `verify`.
 
     Attributes:
         manifest: content of the manifest.
+        made_by: what wrote OUT: ``merge`` or ``extraction``.
         bytes_to_read: size of the tensors that `run` will read from OUT.
 
     Raises:
@@ -163,6 +163,7 @@ class Verification:
     def __init__(self, out: Path, *, sources: bool = False, models: Mapping[str, str] | None = None) -> None:
         self.out = out
         self.manifest = read_manifest(out)
+        self.made_by = made_by(out)
         self._paths = dict(models or {})
         if unknown := self._paths.keys() - set(self.manifest["models"]):
             known = ", ".join(self.manifest["models"])
@@ -352,28 +353,6 @@ class Verification:
         if isinstance(found, str):
             raise MergeloomError(found)
         return found
-
-
-def added_files(out: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Files that loaders would use and that the manifest does not list, sorted by name.
-
-    Loaders look into the directory of a model, into the folders in which it has files, and into `LOADER_FOLDERS`.
-    Folders with other names, and hidden ones, are not searched. `is_loader_file` decides by a file's name.
-
-    Raises:
-        EnvironmentFailure: a directory can't be read.
-    """
-    known = {*manifest["files"], *manifest["shards"], MANIFEST}
-    models = {name.rpartition("/")[0] for name in manifest["shards"]}
-    folders = {"", *models, *(name.rpartition("/")[0] for name in known)}
-    folders.update(f"{model}/{folder}".lstrip("/") for model in models for folder in LOADER_FOLDERS)
-    added = []
-    with translating_os_errors(out, "listing the files"):
-        for folder in folders:
-            if (out / folder).is_dir():
-                names = (f"{folder}/{file.name}".lstrip("/") for file in (out / folder).iterdir() if file.is_file())
-                added += [name for name in names if name not in known and is_loader_file(name)]
-    return sorted(added)
 
 
 class _SourceError(Exception):

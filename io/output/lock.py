@@ -31,6 +31,8 @@ HOLDER = "pid"
 STAGE = "out"
 MANIFEST = "mergeloom.json"
 """The completion marker: the file that is published after all others, so only a finished merge has it."""
+EXTRACTION = "mergeloom_extraction.json"
+"""The completion marker of an extracted adapter."""
 
 MAX_NAME_BYTES = 255
 """The longest name of a file or directory in bytes."""
@@ -45,13 +47,13 @@ class Content(Enum):
     """The content of a directory, as `classify` determines it for all commands."""
 
     NEW = "new"
-    """Nothing, or only the remains of a merge that made nothing durable."""
+    """Nothing, or only the remains of a run that made nothing durable."""
     UNFINISHED = "unfinished"
     FINISHED = "finished"
     FOREIGN = "foreign"
-    """Files that mergeloom did not write, or a path that is not a directory."""
+    """Files that this command did not write, or a path that is not a directory."""
     IN_USE = "in use"
-    """Another merge is writing to it."""
+    """Another run is writing to it."""
 
 
 _ERRORS: dict[Content, type[MergeloomError]] = {
@@ -62,14 +64,19 @@ _ERRORS: dict[Content, type[MergeloomError]] = {
     Content.IN_USE: EnvironmentFailure,
 }
 
-_NO_MERGE = f"expected the directory of a finished merge, which has a {MANIFEST}"
+_PRODUCTS = {MANIFEST: "merge", EXTRACTION: "extraction of an adapter"}
+"""What a directory holds the result of, by its completion marker."""
+_NO_RESULT = (
+    f"expected the directory of a finished merge, which has a {MANIFEST}, or of an extracted adapter, which has a "
+    f"{EXTRACTION}"
+)
 TO_FINISH = {
-    Content.NEW: _NO_MERGE,
-    Content.FOREIGN: _NO_MERGE,
-    Content.UNFINISHED: "run the same merge command again to finish it",
+    Content.NEW: _NO_RESULT,
+    Content.FOREIGN: _NO_RESULT,
+    Content.UNFINISHED: "run the same command again to finish it",
     Content.IN_USE: "wait for it",
 }
-"""The advice for a command that reads a finished merge."""
+"""The advice for a command that reads a finished merge or adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +118,9 @@ def classify(path: Path, marker: str = MANIFEST, *, held: bool = False) -> Direc
     _check_length(path)
     try:
         if is_complete(path, marker):
-            return DirectoryStatus(path, Content.FINISHED, "holds a finished merge")
+            return DirectoryStatus(path, Content.FINISHED, f"holds a finished {_PRODUCTS.get(marker, 'merge')}")
+        if other := next((each for each in _PRODUCTS if is_complete(path, each)), ""):
+            return DirectoryStatus(path, Content.FOREIGN, f"holds a finished {_PRODUCTS[other]}")
         if description := _describe_foreign(path):
             return DirectoryStatus(path, Content.FOREIGN, description)
         if not path.exists():
@@ -123,7 +132,8 @@ def classify(path: Path, marker: str = MANIFEST, *, held: bool = False) -> Direc
         raise translate_os_error(error, path, "reading the output directory") from error
     if journal is None:
         return DirectoryStatus(path, Content.NEW, "is empty")
-    return DirectoryStatus(path, Content.UNFINISHED, "holds an unfinished merge", journal)
+    product = _PRODUCTS[EXTRACTION if "extract" in journal.facts else MANIFEST]
+    return DirectoryStatus(path, Content.UNFINISHED, f"holds an unfinished {product}", journal)
 
 
 def _check_length(path: Path) -> None:
@@ -145,7 +155,8 @@ def refuse_occupied(status: DirectoryStatus) -> None:
 
 
 def _in_use(path: Path) -> DirectoryStatus:
-    return DirectoryStatus(path, Content.IN_USE, f"another merge is writing here{_describe_holder(path / WORK)}")
+    holder = _describe_holder(path / WORK)
+    return DirectoryStatus(path, Content.IN_USE, f"another run of mergeloom is writing here{holder}")
 
 
 def _is_locked(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""`mergeloom verify`: compares the output of a merge with its manifest. Only click is imported at the top."""
+"""`mergeloom verify`: compares a merged model or an adapter with its manifest. Only click is imported at the top."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ _SHOWN = 20
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, with every unverified tensor.")
 @click.option("--quiet", is_flag=True, help="Show no progress, and no summary unless something is wrong.")
 def verify(out: str, sources: bool, models: tuple[str, ...], as_json: bool, quiet: bool) -> None:
-    """Compare a merged model with its manifest. Needs neither the source models nor a network.
+    """Compare a merged model or an extracted adapter with its manifest. Needs neither the source models nor a network.
 
-    OUT is the output directory of a merge; its mergeloom.json has the digests. Everything with a digest is read.
-    Tensors that were reflinked or copied by the kernel have none, unless the model was merged with --digests full, and
-    are listed as unverified. The exit code is 4 if anything is damaged, or if a file was added that loaders would use.
+    OUT is the output directory of a merge or of extract-lora; its mergeloom.json or mergeloom_extraction.json has the
+    digests. Everything with a digest is read. Tensors that were reflinked or copied by the kernel have none, unless
+    the model was merged with --digests full, and are listed as unverified. The exit code is 4 if anything is damaged,
+    or if a file was added that loaders would use.
     """
     from ..engine.run.finished import describe_added
     from ..engine.run.verify import Verification
@@ -58,13 +59,14 @@ def verify(out: str, sources: bool, models: tuple[str, ...], as_json: bool, quie
     elif not quiet or not verdict.whole or verdict.changed_sources:
         show(list(_sections(verdict, sources)))
     if verdict.damaged:
-        raise CheckpointError(f"{out}: {verdict.damaged[0]}; copy it from an intact copy, or merge again")
+        again = "merge again" if check.made_by == "merge" else "extract the adapter again"
+        raise CheckpointError(f"{out}: {verdict.damaged[0]}; copy it from an intact copy, or {again}")
     if verdict.added:
-        raise CheckpointError(f"{out}: {describe_added(verdict.added)}")
+        raise CheckpointError(f"{out}: {describe_added(verdict.added, check.made_by)}")
     if verdict.changed_sources:
         raise CheckpointError(
-            f"{verdict.changed_sources[0]} has changed since the merge; {out} is undamaged, and only a new merge "
-            "would use the changed file"
+            f"{verdict.changed_sources[0]} has changed since the {check.made_by}; {out} is undamaged, and only a new "
+            f"{check.made_by} would use the changed file"
         )
 
 

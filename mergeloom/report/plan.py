@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..engine.graph.graph import Kind, MergeGraph
 from ..engine.model.logical import class_counts, label_of
@@ -116,7 +116,7 @@ def output_section(plan: Plan) -> Section:
     return Section(
         "Output",
         (
-            ("parameters", f"{big_number(output['parameters'])} in {plural(output['tensors'], 'tensor')}"),
+            ("parameters", f"{big_number(output['parameters'])} in {tensors_text(output)}"),
             ("layers", layers_text(plan)),
             ("size", f"{data_size(output['bytes'])} in {plural(len(shards), 'file')}{largest}"),
             ("disk", f"{data_size(plan.disk)}; no temporary files"),
@@ -126,6 +126,12 @@ def output_section(plan: Plan) -> Section:
             *(("also saved", _saved_stage(plan, stage)) for stage in plan.saved),
         ),
     )
+
+
+def tensors_text(output: Mapping[str, Any]) -> str:
+    """Format the number of tensors, ``46,183 tensors (91,991 stored)`` if files hold codes and scales."""
+    stored = f" ({output['stored_tensors']:,} stored)" if output["stored_tensors"] != output["tensors"] else ""
+    return f"{plural(output['tensors'], 'tensor')}{stored}"
 
 
 def layers_text(plan: Plan) -> str:
@@ -203,11 +209,9 @@ def work_section(plan: Plan) -> Section:
         fields.append(
             ("uploads", f"{data_size(schedule.uploaded)} to the GPU, and {data_size(downloaded(graph, schedule))} back")
         )
-    how = [_how(graph, node) for node in graph] if graph.uses_nodes else graph.by_class(lambda node: _how(graph, node))
-    counts = Counter(map(how.__getitem__, graph.outputs.nodes))
     if checks := list(_data_checks(plan)):
         fields.append(("data checks", "; ".join(checks)))
-    tensors = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())
+    tensors = ", ".join(f"{number:,} {how}" for how, number in _made_by(plan).most_common())
     fields.append(("tensors", f"{tensors}, in {plural(len(schedule.steps), 'step')}"))
     if not plan.computes:
         return Section("Work", [*fields, ("device", "none: tensors are only copied")])
@@ -222,10 +226,20 @@ def work_section(plan: Plan) -> Section:
     return Section("Work", fields)
 
 
+def _made_by(plan: Plan) -> Counter[str]:
+    """Count the tensors of all models that are written by how they are made; codes and scales are one tensor."""
+    graph = plan.built.graph
+    how = [_how(graph, node) for node in graph] if graph.uses_nodes else graph.by_class(lambda node: _how(graph, node))
+    counts = Counter(map(how.__getitem__, graph.outputs.nodes))
+    del counts[""]
+    counts["copied"] = sum(each.tensors for each in plan.built.counts.values()) - (counts.total() - counts["copied"])
+    return +counts
+
+
 def _how(graph: MergeGraph, node: int) -> str:
-    """Describe how a node's tensor is made."""
-    computing = graph.results_with(node)[0]
-    return f"by {methods_of(graph, computing)}" if graph.operation(computing).kind is Kind.MERGE else "copied"
+    """Describe how a node's tensor is made; empty for the scales that another node's codes belong to."""
+    kind = graph.operation(node).kind
+    return f"by {methods_of(graph, node)}" if kind is Kind.MERGE else "" if kind is Kind.RESULT else "copied"
 
 
 def _data_checks(plan: Plan) -> Iterator[str]:

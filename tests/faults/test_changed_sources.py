@@ -121,7 +121,7 @@ def test_nans_in_a_source_that_changes_are_blamed_on_the_change(
         merge(planned, out)
     with pytest.raises(CheckpointError, match=f"^{file} was changed since the merge was planned"):
         merge(planned, out)
-    with pytest.raises(CheckpointError, match=r"^tensor model\.layers\..* of .*/a holds NaN or infinite values"):
+    with pytest.raises(CheckpointError, match=r"^recipe: models\[0\]\S*: tensor model\.layers\..* of .*/a holds NaN"):
         merge(plan(recipe, OPTIONS), out)
 
 

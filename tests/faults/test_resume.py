@@ -246,7 +246,7 @@ def test_an_out_that_was_removed_meanwhile_is_not_shared(tmp_path: Path, monkeyp
 def test_the_holder_is_named(tmp_path: Path) -> None:
     held = OutputDirectory.open(tmp_path / "out")
     with pytest.raises(
-        EnvironmentFailure, match=rf"another merge is writing here \(process {os.getpid()}\)"
+        EnvironmentFailure, match=rf"another run of mergeloom is writing here \(process {os.getpid()}\)"
     ) as refused:
         OutputDirectory.open(tmp_path / "out")
     assert refused.value.exit_code == 5

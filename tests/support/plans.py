@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,10 @@ def weighted_slices(llamas: dict[str, Path]) -> Recipe:
         for part in parts
     ]
     return {"merge_method": "linear", "slices": slices}
+
+
+def without_location(error: Exception) -> str:
+    """The message of an error about a model, after the key of the model in the recipe, with which it must begin."""
+    found = re.match(r"recipe: (?:modules\.\w+\.)?(?:models|slices|base_model|non_layer)[\w.\[\]]*: ", str(error))
+    assert found, error
+    return str(error)[found.end() :]

@@ -17,6 +17,19 @@ from ..tasks import ChunkTask
 from .backend import Computer, Failed, Outcome
 
 
+class DamagedInput(CheckpointError):
+    """A tensor of a model has values that can't be merged.
+
+    Args:
+        model: number of the model in the graph.
+        message: description of the tensor, and what to do.
+    """
+
+    def __init__(self, model: int, message: str) -> None:
+        super().__init__(message)
+        self.model = model
+
+
 class KernelRunner:
     """Computes the chunks of a schedule. The compute threads of all devices call its methods.
 
@@ -115,10 +128,11 @@ class KernelRunner:
         reads = [value for value in values if value >= 0]
         if reads:
             read = reads[0]
-            raise CheckpointError(
+            raise DamagedInput(
+                self._graph.read_models[read],
                 f"tensor {self._graph.read_names[read]} of {self._model(read)} holds NaN or infinite values (in "
                 f"{self._graph.reads[read].file.name}): the model is damaged, or overflowed in training; to merge it "
-                "anyway, put `allow_nonfinite: true` in the recipe"
+                "anyway, put `allow_nonfinite: true` in the recipe",
             )
 
     def _model(self, read: int) -> str:

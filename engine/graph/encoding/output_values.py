@@ -54,19 +54,35 @@ def output_values(graph: MergeGraph, models: Sequence[Model], folder: str = "") 
             yield OutputValue(name, node, graph.shape(node), formats[node])
 
 
-def number_of_parameters(graph: MergeGraph, models: Sequence[Model], folder: str = "") -> int:
-    """Return the number of elements of an output's values: those of codes, without scales."""
+class OutputCounts(NamedTuple):
+    """The size of an output in numbers.
+
+    Args:
+        tensors: number of values: codes and their scales are one tensor, as in `inspect`.
+        parameters: number of elements of the values: those of codes, without scales.
+        stored: number of tensors in the files.
+    """
+
+    tensors: int
+    parameters: int
+    stored: int
+
+
+def output_counts(graph: MergeGraph, models: Sequence[Model], folder: str = "") -> OutputCounts:
+    """Count the values of an output. For the arguments, see `output_values`."""
     nodes = array("I", map(graph.outputs.nodes.__getitem__, graph.outputs_in(folder)))
     scales = graph.by_class(lambda node: graph.operation(node).made is not ALIGNED)
     copies = graph.by_class(lambda node: graph.operation(node).copies_tensor)
-    total = graph.total(lambda node: 0 if scales[node] else graph.elements(node), nodes)
+    values = graph.total(lambda node: not scales[node], nodes)
+    parameters = graph.total(lambda node: 0 if scales[node] else graph.elements(node), nodes)
     for node in nodes if any(isinstance(model.tensors, LogicalTensors) for model in models) else ():
         if copies[node]:
             read = graph.node_sources[node][0]
             tensors = models[graph.read_models[read]].tensors
-            found = tensors.elements_of(graph.read_names[read]) if isinstance(tensors, LogicalTensors) else None
-            total += 0 if found is None else found - graph.elements(node)
-    return total
+            found = tensors.counts_of(graph.read_names[read]) if isinstance(tensors, LogicalTensors) else None
+            if found is not None:
+                values, parameters = values + found[0] - 1, parameters + found[1] - graph.elements(node)
+    return OutputCounts(values, parameters, len(nodes))
 
 
 def labels(graph: MergeGraph, models: Sequence[Model], folder: str = "") -> list[str]:

@@ -12,19 +12,22 @@ from ....methods.formats.adapters import REPLACED
 from ....methods.formats.gathered import GATHERED
 from ....methods.kernel.access import GatheredRows
 from ...recipe.entries.dtype_lookup import promote
+from ...recipe.types import Recipe
 from ..checks.mismatch import TensorMismatch, require_one_architecture
 from ..inputs import Model
 from ..logical import Decode, LogicalTensor, LogicalTensors, Part
+from ..paths import located
 from .row_maps import ModelRows
 from .tensors import embedding_names, heads_of_others, table_of, vocabulary_names
 
 
-def gather_embeddings(models: Sequence[Model], rows: Mapping[int, ModelRows]) -> None:
+def gather_embeddings(recipe: Recipe, models: Sequence[Model], rows: Mapping[int, ModelRows]) -> None:
     """Replace the tensors of models that have a row for each token by values in the output's vocabulary.
 
     A model whose head is tied to its embedding gets a head if others have one, since its missing rows are theirs.
 
     Args:
+        recipe: the recipe, for error messages.
         models: the models of a stage, by number.
         rows: for each model with embeddings, by number, where its rows come from.
 
@@ -35,12 +38,14 @@ def gather_embeddings(models: Sequence[Model], rows: Mapping[int, ModelRows]) ->
     first = models[min(rows)]
     for number in rows:  # a model and the text model that it contains have other names
         if embedding_names(models[number]) == embedding_names(first):
-            require_one_architecture(first, models[number])
-    found = {
-        number: [_value(models, models[number], name, each) for name in _names(models, models[number], each)]
-        for number, each in rows.items()
-        if not each.unchanged
-    }
+            with located(recipe, models[number].reference):
+                require_one_architecture(first, models[number])
+    found: dict[int, list[LogicalTensor]] = {}
+    for number, each in rows.items():
+        if not each.unchanged:
+            with located(recipe, models[number].reference):
+                names = list(_names(models, models[number], each))
+            found[number] = [_value(recipe, models, models[number], name, each) for name in names]
     for number, values in found.items():  # afterwards: the values have parts of other models' stored tensors
         model = models[number]
         if not isinstance(model.tensors, LogicalTensors):
@@ -55,9 +60,9 @@ def _names(models: Sequence[Model], model: Model, rows: ModelRows) -> Iterator[s
     yield from heads_of_others(models, model)
 
 
-def _value(models: Sequence[Model], model: Model, name: str, rows: ModelRows) -> LogicalTensor:
+def _value(recipe: Recipe, models: Sequence[Model], model: Model, name: str, rows: ModelRows) -> LogicalTensor:
     """The value of one tensor of a model."""
-    own, dtypes = _table(model, table_of(model, name) or name), []
+    own, dtypes = _table(recipe, model, table_of(model, name) or name), []
     parts: list[Part] = []
     counts: list[tuple[str, float]] = []
     for table in rows.tables:
@@ -65,7 +70,7 @@ def _value(models: Sequence[Model], model: Model, name: str, rows: ModelRows) ->
         stored_name = table_of(owner, name)
         if stored_name is None or (table.rows.highest < 0 and owner is not model):
             continue  # rows of zeros: no tensor has them
-        stored = _table(owner, stored_name)
+        stored = _table(recipe, owner, stored_name)
         if stored.ref.shape[1:] != own.ref.shape[1:]:
             message = (
                 f"tensor {name} has shape {list(own.ref.shape)} in {model.name}, and {stored_name} of {owner.name}, "
@@ -83,11 +88,16 @@ def _value(models: Sequence[Model], model: Model, name: str, rows: ModelRows) ->
     return LogicalTensor(name, shape, dtype, tuple(parts), decode)
 
 
-def _table(model: Model, name: str) -> Part:
+def _table(recipe: Recipe, model: Model, name: str) -> Part:
     """The stored tensor whose rows are those of a tensor: the model's, or the one that its adapter replaces it by.
 
     Raises CheckpointError for a tensor that is computed, or quantized.
     """
+    with located(recipe, model.reference):
+        return _stored_table(model, name)
+
+
+def _stored_table(model: Model, name: str) -> Part:
     tensor = model.tensors[name]
     wide = tensor.dtype.kind is Kind.FLOAT and tensor.dtype.bits >= 16
     if isinstance(tensor, TensorRef) and wide and name not in model.quantized:

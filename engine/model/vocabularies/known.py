@@ -10,6 +10,7 @@ from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.small_files import read_json
 from ...recipe.types import ModelReference, Recipe, Stage
+from ..paths import located
 from .adapter_tokenizers import adapter_with_tokenizer
 from .added_tokens import AddedToken, read_added_tokens
 from .tokenizer_files import main_file, same_vocabulary_files, tokenizer_directory
@@ -31,6 +32,10 @@ def tokenizer_source(stage: Stage, donor: ModelReference) -> ModelReference:
     if stage.tokenizer is not None:
         return stage.tokenizer.model or donor
     return stage.files_from or donor
+
+
+_Known = tuple[ModelReference, Checkpoint, tuple[AddedToken, ...]]
+"""A model, the checkpoint with its tokenizer files, and the tokens that stages add."""
 
 
 class Vocabularies:
@@ -58,7 +63,8 @@ class Vocabularies:
 
     def checkpoint(self, reference: ModelReference) -> tuple[Checkpoint, tuple[AddedToken, ...]]:
         """The checkpoint with a model's tokenizer files, and the tokens that stages add to it."""
-        adapter = adapter_with_tokenizer(reference, self._open)
+        with located(self._recipe, reference):
+            adapter = adapter_with_tokenizer(reference, self._open)
         if adapter is not None:
             return adapter, ()
         reference = reference.base
@@ -68,16 +74,23 @@ class Vocabularies:
             checkpoint, before = self.checkpoint(source)
             return checkpoint, (*before, *new)
         if reference not in self._checkpoints:
-            self._checkpoints[reference] = open_directory(reference) or self._open(reference)
+            with located(self._recipe, reference):
+                self._checkpoints[reference] = open_directory(reference) or self._open(reference)
         return self._checkpoints[reference], ()
 
     def has_tokenizer(self, reference: ModelReference) -> bool:
         """Whether a model has tokenizer files."""
-        return main_file(self.checkpoint(reference)[0]) is not None
+        checkpoint, _ = self.checkpoint(reference)
+        with located(self._recipe, reference):
+            return main_file(checkpoint) is not None
 
     def tokens(self, reference: ModelReference) -> ModelTokens:
         """The tokens of a model that has a tokenizer. Raises CheckpointError if they can't be numbered."""
         checkpoint, new = self.checkpoint(reference)
+        with located(self._recipe, reference):
+            return self._numbered(reference, checkpoint, new)
+
+    def _numbered(self, reference: ModelReference, checkpoint: Checkpoint, new: Sequence[AddedToken]) -> ModelTokens:
         vocabulary, tokens = self._parsed(checkpoint)
         rows = dict(tokens.rows)
         if vocabulary.file.name == "sentencepiece.bpe.model" or (vocabulary.digest and not vocabulary.byte_rows):
@@ -97,16 +110,21 @@ class Vocabularies:
         (one, new), (other, others) = self.checkpoint(first), self.checkpoint(second)
         if new == others and same_vocabulary_files(one, other):
             return None
+        with located(self._recipe, first):
+            self._parsed(one)
+        with located(self._recipe, second):
+            return self._difference((first, one, new), (second, other, others), rows)
+
+    def _difference(self, first: _Known, second: _Known, rows: int) -> str | None:
+        (one, checkpoint, new), (other, theirs, others) = first, second
         if not new and not others:
-            pair = self._parsed(one)[0], self._parsed(other)[0]
-            found = difference(*pair, (first.text, second.text), rows)
+            pair = self._parsed(checkpoint)[0], self._parsed(theirs)[0]
+            found = difference(*pair, (one.text, other.text), rows)
             if found is not None and not found.rows:
                 raise CheckpointError(f"{found.text}; if the rows match anyway, set `allow_vocabulary_mismatch: true`")
             return None if found is None else found.text
-        ours, theirs = (
-            {text: row for text, row in self.tokens(each).rows.items() if row < rows} for each in (first, second)
-        )
-        return None if ours == theirs else f"{len(ours.items() ^ theirs.items()):,} entries differ"
+        a, b = ({text: row for text, row in self.tokens(each).rows.items() if row < rows} for each in (one, other))
+        return None if a == b else f"{len(a.items() ^ b.items()):,} entries differ"
 
     def _parsed(self, checkpoint: Checkpoint) -> tuple[Vocabulary, ModelTokens]:
         directory = tokenizer_directory(checkpoint)

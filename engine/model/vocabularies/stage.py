@@ -11,6 +11,7 @@ from ....io.units import listed
 from ...recipe.entries.tokenizer_source import TokenEmbedding, TokenizerSource
 from ...recipe.types import ModelReference, Recipe, Stage
 from ..inputs import Model
+from ..paths import located
 from ..warnings import ModelWarning, ModelWarningKind
 from .added_tokens import AddedToken
 from .known import Vocabularies
@@ -166,10 +167,11 @@ class _Planner:
             return self._known.tokens(model.reference).within(rows)
         others = next((rows for other, rows in self._models if other.reference == self._source), rows)
         if rows != others:
-            raise CheckpointError(
-                f"{model.name} has no tokenizer files, so its vocabulary is unknown, and its embeddings have {rows:,} "
-                f"rows, not {others:,}, as {self._source.text}: add its tokenizer files"
-            )
+            with located(self._recipe, model.reference):
+                raise CheckpointError(
+                    f"{model.name} has no tokenizer files, so its vocabulary is unknown, and its embeddings have "
+                    f"{rows:,} rows, not {others:,}, as {self._source.text}: add its tokenizer files"
+                )
         problem = f"{model.name} has no tokenizer files: its vocabulary is assumed to be that of {self._source.text}"
         self._warn(problem, "add the tokenizer files")
         return replace(source, name=model.name, added={}).within(rows)
@@ -193,7 +195,8 @@ class _Planner:
                 new.append(AddedToken(each.token, max(tokens.values(), default=-1) + 1))
                 tokens[each.token] = new[-1].row
         if any(token.row >= first for token in new):
-            self._check_appendable(source)
+            with located(self._recipe, self._source):
+                self._check_appendable(source)
         return tokens, tuple(new)
 
     def _check_appendable(self, source: ModelTokens) -> None:

@@ -16,8 +16,10 @@ from threadpoolctl import ThreadpoolController
 
 from ....errors import CheckpointError, Interrupted, UsageError
 from ....io.counters import IoCounters
+from ....io.output.digests import bytes_digest
 from ....io.output.directory import OutputDirectory
-from ....io.output.lock import Content, classify, refuse_occupied
+from ....io.output.lock import EXTRACTION, Content, classify, refuse_occupied
+from ....io.output.manifest_file import read_manifest, signed_pieces
 from ....io.reading import Reader, stat_fingerprints
 from ....io.sizes import Limit
 from ....io.tensors.assembled import files_of
@@ -28,6 +30,8 @@ from ...cost.process_size import size_key
 from ...execute.ledger import Ledger
 from ...execute.measurements import Progress
 from .adapter_files import (
+    CONFIG,
+    WEIGHTS,
     AdapterTensor,
     adapter_config,
     final_names,
@@ -41,7 +45,7 @@ from .memory import divide_memory
 from .opening import OpenedModels, missing_in_model, open_models
 from .options import ExtractOptions
 from .result import ExtractedAdapter, matrices_of
-from .staging import MARKER, AdapterStaging, differences, read_marker
+from .staging import AdapterStaging, differences, zeros_digest
 from .targets import FullJob, Job, MatrixJob
 
 EXTRACT_VERSION = 1
@@ -90,7 +94,7 @@ class Extraction:
         threads: int | None = None,
     ) -> None:
         self.out = Path(out)
-        status = classify(self.out, MARKER)
+        status = classify(self.out, EXTRACTION)
         refuse_occupied(status)
         self.complete = status.content is Content.FINISHED
         self.options = options
@@ -164,7 +168,7 @@ class Extraction:
         say = say or (lambda text: None)
         with one_blas_thread() as libraries:
             facts = self._facts(libraries)
-            directory = OutputDirectory.open(self.out, MARKER)
+            directory = OutputDirectory.open(self.out, EXTRACTION)
             if directory.lock.complete:
                 directory.close()
                 finished = self._finished(facts)
@@ -194,7 +198,8 @@ class Extraction:
             ):
                 runner = JobRunner(self.models, self.options, memory, workers, ledger)
                 for job in self.jobs[done:]:
-                    staging.append(partial(runner.run, job))
+                    sizes = [each.nbytes for each in tensors_of_job(job, self.models.described.prefix)]
+                    staging.append(partial(runner.run, job), sizes)
                 left_out = tuple(runner.left_out())
         finally:
             reader.close()
@@ -238,7 +243,10 @@ class Extraction:
         config = adapter_config(self.models.described, self.options.rank, self.jobs, changed)
         prefix = self.models.described.prefix
         zeros = [each for n in missing_experts(self.jobs, changed) for each in tensors_of_job(self.jobs[n], prefix)]
-        header = header_bytes([*final_names(self.jobs, stored), *zeros], self._start)
+        tensors = [*final_names(self.jobs, stored), *zeros]
+        header, described = header_bytes(tensors, self._start), _json(config)
+        digests = [digest for record in records for digest in record.get("digests", ())]
+        digests += [zeros_digest(each.nbytes) for each in zeros]
         staging.append_zeros(sum(each.nbytes for each in zeros))
         parts = zip(self.jobs, changed, strict=True)
         result = ExtractedAdapter(
@@ -251,16 +259,36 @@ class Extraction:
             staging.nbytes,
             self.options.rank,
         )
-        staging.publish(header, _json(config), _json({**result.described(), "facts": staging.facts}))
+        manifest = {
+            **result.described(),
+            "facts": staging.facts,
+            **self.models.named_sources(),
+            "files": {CONFIG: bytes_digest(described)},
+            "shards": {WEIGHTS: [staging.nbytes, bytes_digest(header)]},
+            "tensors": {tensor.name: digest for tensor, digest in zip(tensors, digests, strict=True)},
+        }
+        staging.publish(header, described, signed_pieces(manifest))
         staging.close()
         return self._measured(result)
 
     def _finished(self, facts: Mapping[str, Any]) -> ExtractedAdapter:
-        """Return what a finished extraction says about itself. Raises UsageError if it is another one."""
-        found = read_marker(self.out)
+        """Return what a finished extraction says about itself, after a check of its files; the tensors are not read.
+
+        Raises:
+            UsageError: it is another extraction.
+            CheckpointError: its files were changed.
+        """
+        from ..verify import Verification  # needed here only
+
+        found = read_manifest(self.out)
         if differs := differences(found.get("facts", {}), facts):
             raise UsageError(
                 f"{self.out}: holds a finished extraction with {differs}; choose another OUT, or remove it"
+            )
+        if damaged := Verification(self.out).run_without_tensors().damaged:
+            raise CheckpointError(
+                f"{self.out} holds this extraction, finished and then damaged or edited: {damaged[0]}; restore that "
+                "file, or choose another OUT, or remove it and run the same command again"
             )
         return self._measured(ExtractedAdapter.from_described(self.out, found))
 
@@ -272,7 +300,7 @@ class Extraction:
             max_ram=self.max_ram,
             peak_ram=self.memory.peak,
             peak_rss=process_memory().peak,
-            warnings=tuple(self._warnings(result.left_out)),
+            warnings=tuple(filter(None, (result.energy_warning, *self._warnings(result.left_out)))),
         )
 
     def _warnings(self, left_out: Sequence[tuple[str, str]]) -> Iterator[str]:

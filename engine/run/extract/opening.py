@@ -16,12 +16,15 @@ from ....io.reading import FileStamps, stat_fingerprints
 from ....io.tensors.assembled import files_of
 from ....io.tensors.refs import TensorRef
 from ....io.units import listed, plural
+from ...files.published import published_names
 from ...model.experts.mapping import NamedCheckpoint, in_layout_of
 from ...model.layers import find_layers
 from ...model.open import is_remote, open_adapters, open_named
 from ...model.roles import is_buffer, is_head, tied_embedding
+from ...recipe.local import is_local
 from ..diff.pairs import Opened, Pairing, pair_tensors
 from ..diff.parts import with_names_of
+from ..manifest import identity_of
 from .adapter_files import CONFIG, BaseModel
 from .names import has_head, module_of, module_prefix, tied_head
 from .options import ExtractOptions
@@ -99,6 +102,26 @@ class OpenedModels:
         for number, adapter in enumerate(self.model.adapters, 1):
             found["model"][f"{number}/{CONFIG}"] = adapter.config.digest
         return found
+
+    def named_sources(self) -> dict[str, Any]:
+        """Return what the manifest says about the files that are read: their models and identities.
+
+        Of a local model, the name is the last component of its path.
+        """
+        files, named = self.files, dict[str, dict[str, str]]()
+        for key, model in (("model", self.model), ("base", self.base)):
+            names = model.base, *(adapter.name for adapter in model.adapters)
+            for number, (name, source) in enumerate(zip(names, model.sources, strict=True)):
+                own = [file for entry, file in files[key].items() if entry.startswith(f"{number}/")]
+                named.setdefault(name, {}).update((file.name, identity_of(source, file)) for file in own)
+        local = published_names(
+            [name for name in named if is_local(name)], {each for each in named if not is_local(each)}
+        )
+        return {
+            "models": [local.get(name, name) for name in named],
+            "local_models": [number for number, name in enumerate(named) if name in local],
+            "sources": {str(number): found for number, found in enumerate(named.values()) if found},
+        }
 
     def current_stamps(self) -> dict[str, list[int]]:
         """Return the stamp of each file that is read as it is now, by model and name."""

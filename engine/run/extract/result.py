@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+LOW_ENERGY = 0.25
+"""The retained energy below which a warning says so: the factors have less than half of the change's norm."""
+
 
 @dataclass(frozen=True, slots=True)
 class MatrixResult:
@@ -73,6 +76,18 @@ class ExtractedAdapter:
         if not squares:
             return None
         return math.fsum(each.retained_energy * each.norm**2 for each in self.matrices) / squares
+
+    @property
+    def energy_warning(self) -> str:
+        """The warning that the factors keep little of the change; empty if they keep `LOW_ENERGY` or more."""
+        energy = self.retained_energy
+        if energy is None or energy >= LOW_ENERGY:
+            return ""
+        return (
+            f"the factors keep only {energy:.2%} of the change from BASE to MODEL (retained energy of all matrices, "
+            f"less than {LOW_ENERGY:.0%}): check that MODEL was fine-tuned from BASE, since unrelated models differ in "
+            "all directions; if it was, use a higher --rank"
+        )
 
     @property
     def error(self) -> float | None:

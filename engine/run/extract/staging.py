@@ -7,6 +7,7 @@ the finished one. Each record says that the bytes of a job are durable:
     nbytes    number of bytes that it has appended; 0 if nothing has changed
     digest    XXH3-128 of these bytes
     tensors   [name, dtype, shape] of each tensor
+    digests   digest of each tensor, as in a manifest
     matrix    result of a matrix that has changed
 """
 
@@ -16,25 +17,23 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from xxhash import xxh3_128
 
 from ....errors import DiskSpaceError, MergeloomError, UsageError
 from ....io.os_errors import translating_os_errors
+from ....io.output.digests import BlockDigests
 from ....io.output.directory import OutputDirectory
 from ....io.output.journal import Journal, JournalContent
+from ....io.output.lock import EXTRACTION
 from ....io.output.publish import publish_files, unpublish_files
 from ....io.output.shards import validate_shard
 from ....io.platform import create_file, read_at, sync_data, sync_directory, truncate, write_at
 from ....io.sizes import format_size
-from ....io.small_files import read_json
 from .adapter_files import CONFIG, WEIGHTS
 
-MARKER = "mergeloom_extraction.json"
-"""The completion marker: what the adapter was made from, and its errors."""
 COMMIT_SECONDS = 1.0
 """The time after which finished jobs are made durable. Jobs of small matrices take milliseconds."""
 _CHECK_BYTES = 1 << 20
@@ -128,7 +127,9 @@ class AdapterStaging:
     def _recover(self, found: JournalContent) -> None:
         """Keep the jobs of an earlier run whose bytes are those that the journal says."""
         for number, record in enumerate(found.records):
-            if record.get("job") != number or self._digest(record["nbytes"]) != record["digest"]:
+            if record.get("job") != number or len(record.get("digests", ())) != len(record["tensors"]):
+                break
+            if self._digest(record["nbytes"]) != record["digest"]:
                 break
             self.records.append(dict(record))
             self._end += record["nbytes"]
@@ -146,27 +147,31 @@ class AdapterStaging:
             position += count
         return digest.hexdigest()
 
-    def append(self, write: Callable[[Callable[[memoryview], None]], dict[str, Any]]) -> None:
+    def append(self, write: Callable[[Callable[[memoryview], None]], dict[str, Any]], sizes: Sequence[int]) -> None:
         """Execute the next job.
 
         Args:
             write: function that is called with a function that appends bytes, and returns the entries of its record;
                 without ``tensors`` among them, nothing has changed, and what was appended is discarded.
+            sizes: sizes of the tensors that the job writes if anything has changed, in bytes.
 
         Raises:
             EnvironmentFailure: the file system failed.
         """
-        position, digest = self._end, xxh3_128()
+        position, digest, tensors = self._end, xxh3_128(), TensorDigests(sizes)
 
         def append(data: memoryview) -> None:
             nonlocal position
             with translating_os_errors(self.out.path, f"writing {len(data)} bytes to {WEIGHTS}"):
                 write_at(self._descriptor, data, position)
             digest.update(data)
+            tensors.feed(data)
             position += len(data)
 
         entries = write(append)
-        if not entries.get("tensors"):
+        if entries.get("tensors"):
+            entries = {**entries, "digests": tensors.digests()}
+        else:
             position, digest = self._end, xxh3_128()
         record = {
             "job": len(self.records),
@@ -193,13 +198,13 @@ class AdapterStaging:
         self._pending.clear()
         self._committed = time.monotonic()
 
-    def publish(self, header: bytes, config: bytes, marker: bytes) -> None:
+    def publish(self, header: bytes, config: bytes, manifest: Iterable[bytes]) -> None:
         """Complete the file, and give all files their final names.
 
         Args:
             header: first bytes of the weights.
             config: content of adapter_config.json.
-            marker: content of the completion marker.
+            manifest: pieces of the manifest, which is the completion marker.
 
         Raises:
             EnvironmentFailure: the safetensors library rejects the weights, a name is taken, or the file system failed.
@@ -215,8 +220,9 @@ class AdapterStaging:
             self._descriptor = -1
             validate_shard(self._path, WEIGHTS)
             self.out.write_file(CONFIG, config)
-            self.out.write_file(MARKER, marker)
-            publish_files(self.out.lock, (CONFIG, MARKER), lambda names: journal.append([{"publish": list(names)}]))
+            self.out.write_file(EXTRACTION, manifest)
+            last = (CONFIG, EXTRACTION)
+            publish_files(self.out.lock, last, lambda names: journal.append([{"publish": list(names)}]))
 
     def end(self) -> bool:
         """End a run that has failed, and release OUT. Return whether OUT keeps anything."""
@@ -242,6 +248,39 @@ class AdapterStaging:
         self.out.close()
 
 
+class TensorDigests:
+    """Computes the digests of tensors whose bytes are fed one after another.
+
+    Args:
+        sizes: sizes of the tensors in bytes.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._tensors = [BlockDigests(nbytes) for nbytes in sizes]
+        self._number = 0
+
+    def feed(self, data: memoryview) -> None:
+        """Feed the next bytes, which can belong to several tensors."""
+        while data:
+            tensor = self._tensors[self._number]
+            part = data[: tensor.nbytes - tensor.position]
+            tensor.feed(tensor.position, part)
+            data = data[len(part) :]
+            self._number += tensor.complete
+
+    def digests(self) -> list[str]:
+        """Return the digest of each tensor. Raises ValueError unless all bytes were fed."""
+        return [tensor.digest() for tensor in self._tensors]
+
+
+def zeros_digest(nbytes: int) -> str:
+    """Return the digest of a tensor of zeros with a size in bytes."""
+    digests, zeros = TensorDigests([nbytes]), memoryview(bytes(min(nbytes, _CHECK_BYTES)))
+    for position in range(0, nbytes, _CHECK_BYTES):
+        digests.feed(zeros[: nbytes - position])
+    return digests.digests()[0]
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Describe what differs between the facts of two extractions; empty if nothing that determines the bytes does."""
     found = []
@@ -265,9 +304,3 @@ _DIFFERENCES = {
 
 def _shown(value: Any) -> str:
     return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
-
-
-def read_marker(path: Path) -> Mapping[str, Any]:
-    """Read what a finished extraction says about itself."""
-    found: Mapping[str, Any] = read_json(path / MARKER, 1 << 30) or {}
-    return found

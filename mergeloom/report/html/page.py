@@ -28,6 +28,7 @@ from ..plan import (
     reads_text,
     renamed_section,
     reread_section,
+    tensors_text,
     warnings_section,
     work_section,
 )
@@ -190,7 +191,7 @@ def _tiles(plan: Plan, destination: Destination | None, time: Estimate | None) -
         tile(
             "output",
             data_size(output["bytes"]),
-            f"{plural(output['tensors'], 'tensor')}, {dtypes}",
+            f"{tensors_text(output)}, {dtypes}",
         ),
         tile("reads", data_size(plan.bytes_read), reads_text(plan)),
         tile("writes", data_size(plan.bytes_written), plural(output["shards"], "file")),

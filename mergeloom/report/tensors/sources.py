@@ -11,10 +11,11 @@ from ...engine.model.logical import LogicalTensor, LogicalTensors
 from ...io.tensors.assembled import stored_parts
 from ...io.tensors.refs import TensorRef
 from ...io.units import data_size
+from ...methods.kernel.decoder import Encoder
 from ..sections import Grid, Section
 
 if TYPE_CHECKING:
-    from ...engine.graph.graph import Operation
+    from ...engine.graph.graph import MergeGraph, Operation
     from ...engine.model.inputs import Model
     from ...engine.run.plan import Plan
     from ...methods.kernel.access import Access
@@ -158,13 +159,22 @@ def _base_reads(plan: Plan, node: int) -> set[tuple[int, str]]:
     graph = plan.built.unfused
     if graph is None or plan.built.intermediates:
         return set()
-    node = graph.outputs[plan.built.graph.outputs.nodes.index(node)].node
+    node = _method_node(graph, graph.outputs[plan.built.graph.outputs.nodes.index(node)].node)
     base = graph.operation(node).base
     if base is None:
         return set()
     value = graph.node_sources[node][base]
     reads = (value,) if value >= 0 else graph.reads_of(~value)
     return {(graph.read_models[read], graph.read_names[read]) for read in reads}
+
+
+def _method_node(graph: MergeGraph, node: int) -> int:
+    """Return the node of the method whose output a node stores: encoders and conversions know no base."""
+    while (value := graph.node_sources[node][0]) < 0 and (kernel := graph.operation(node).kernel) is not None:
+        if kernel.copies is None and not isinstance(kernel.bound[0], Encoder):
+            break
+        node = ~value
+    return node
 
 
 def sources_section(sources: Sequence[Source]) -> Section:

@@ -204,3 +204,38 @@ def test_inspect_recognizes_the_adapter(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     content = json.loads(ended.stdout)["content"]
     assert (content["kind"], content["adapter"]["kind"], content["adapter"]["ranks"]) == ("adapter", "LoRA", [4])
+
+
+def warnings_at(directory: Path, energy: float, rank: int) -> tuple[str, ...]:
+    """The warnings of an extraction at a rank that keeps this share of the squared singular values of two matrices."""
+    rows, columns = 48, 40
+    base = {f"model.layers.{layer}.q_proj.weight": noise(layer, rows, columns, 0.02) for layer in range(2)}
+    squares = np.full(columns, (1 - energy) / (columns - rank))
+    squares[:rank] = energy / rank
+    left, right = (np.linalg.qr(noise(seed, size, columns))[0] for seed, size in ((7, rows), (8, columns)))
+    delta = (left * np.sqrt(squares)) @ right.T
+    models = save_models(directory, base, dict.fromkeys(base, delta))
+    return mergeloom.extract_lora(*models, directory / "out", rank=rank).warnings
+
+
+@pytest.mark.parametrize(("energy", "shown"), [(0.12, "12.00%"), (0.245, "24.50%"), (0.255, ""), (0.9, "")])
+def test_a_warning_gives_a_low_retained_energy(tmp_path: Path, energy: float, shown: str) -> None:
+    """The best factors of rank 2 keep this share of the singular values that the test chooses."""
+    expected = (
+        f"the factors keep only {shown} of the change from BASE to MODEL (retained energy of all matrices, less than "
+        "25%): check that MODEL was fine-tuned from BASE, since unrelated models differ in all directions; if it was, "
+        "use a higher --rank"
+    )
+    assert warnings_at(tmp_path, energy, 2) == ((expected,) if shown else ())
+
+
+def test_unrelated_models_cause_a_warning_on_every_run(tmp_path: Path) -> None:
+    base = {f"model.layers.{layer}.q_proj.weight": noise(layer, 300, 200) for layer in range(2)}
+    models = save_models(tmp_path, base, {name: noise(9 + layer, 300, 200) for layer, name in enumerate(base)})
+    deltas = [np.linalg.svd(stored_delta(*models, name), compute_uv=False) ** 2 for name in base]
+    kept = sum(values[:8].sum() for values in deltas) / sum(values.sum() for values in deltas)
+    for _ in ("extracted", "already complete"):
+        ended = run("extract-lora", *models, tmp_path / "out", "--rank", 8)
+        assert ended.returncode == 0
+        assert f"warning: the factors keep only {kept:.2%} of the change from BASE to MODEL" in ended.stderr
+        assert ended.stderr.count("the factors keep only") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mergeloom.errors import CheckpointError, ModelNotFound, RecipeError
 from tests.support import models
 from tests.support.adapters.files import PREFIX, write_adapter, write_lora
 from tests.support.command_line import run
+from tests.support.plans import without_location
 
 LLAMA = models.tiny_llama(layers=2)
 Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
@@ -27,10 +29,10 @@ def base(tmp_path: Path) -> Path:
 
 
 def refused(reference: str) -> str:
-    """The error for a model with adapters."""
+    """The error for a model with adapters, after its place in the recipe."""
     with pytest.raises(CheckpointError) as caught:
         mergeloom.plan({"merge_method": "passthrough", "models": [{"model": reference}]})
-    return str(caught.value)
+    return without_location(caught.value)
 
 
 def lora(tmp_path: Path, **more: Any) -> Path:
@@ -303,6 +305,7 @@ def test_values_that_are_not_finite_end_the_merge_with_exit_code_4(tmp_path: Pat
     recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {base}+{adapter}}}]\n")
     done = run("merge", recipe, tmp_path / "out")
     assert done.returncode == 4
+    assert f"mergeloom: {recipe}:2: models[0].model: tensor {Q}.lora_A.weight of {adapter} holds NaN" in done.stderr
     assert "model.layers.0.self_attn.q_proj" in done.stderr
     assert str(adapter) in done.stderr
 
@@ -335,3 +338,40 @@ def test_a_missing_adapter_is_named_with_its_line(tmp_path: Path, base: Path) ->
     recipe.write_text(f"merge_method: passthrough\nmodels:\n- model:\n    model: {base}\n    lora: ./nothing-here/x\n")
     with pytest.raises((ModelNotFound, RecipeError), match=r"r\.yml:3: .*nothing-here/x: there is no such directory"):
         mergeloom.plan(recipe)
+
+
+PLACES = {
+    "incomplete": ({"more": {f"{Q}.lora_B.weight": None}}, "has {q}.lora_A.weight, but model.layers.0"),
+    "another rank": ({"r": 8}, "adapter_config.json gives model.layers.0.mlp.down_proj the rank 8, but it is 4"),
+    "another kind": ({"peft_type": "IA3"}, "is an adapter of the kind (IA)³"),
+    "no such module": ({"more": {f"{PREFIX}score.weight": torch.zeros(2, 32)}}, "changes 1 tensor that"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+@pytest.mark.parametrize("stage", [False, True], ids=["of a model", "of a stage"])
+def test_errors_have_the_line_of_the_model_with_the_adapter(tmp_path: Path, base: Path, case: str, stage: bool) -> None:
+    """Not that of another entry with the base alone, and the name of the option if the command line gives the model."""
+    changes, message = PLACES[case]
+    adapter, recipe = lora(tmp_path, **changes), tmp_path / "r.yml"
+    first = f"name: first\nmerge_method: passthrough\nmodels: [{{model: {base}}}]\n---\n" if stage else ""
+    on, place = ("first", "9: [1].models[1].model") if stage else (base, "5: models[1].model")
+    text = f"{first}merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n- model: {base}\n- model: MODEL\n"
+    recipe.write_text(text.replace("MODEL", f"{on}+{adapter}"))
+    ended = run("plan", recipe)
+    assert ended.returncode == 4
+    assert f"mergeloom: {recipe}:{place}: {adapter}" in ended.stderr
+    assert message.format(q=Q) in ended.stderr
+    if not stage:
+        recipe.write_text(text.replace("MODEL", str(base)))
+        ended = run("plan", recipe, "--set", f"models.1.model={on}+{adapter}")
+        assert re.match(
+            f"mergeloom: {recipe} with --set models.1.model=.*: models\\[1\\].model: {adapter}", ended.stderr
+        )
+
+
+def test_a_model_that_is_no_adapter_has_the_line_where_it_is_one(tmp_path: Path, base: Path) -> None:
+    recipe = tmp_path / "r.yml"
+    head = f"merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n"
+    recipe.write_text(f"{head}- model: {base}+{base}\n  parameters: {{weight: 1}}\n")
+    assert f"{recipe}:4: models[0].model: {base} is applied to a model as an adapter" in run("plan", recipe).stderr

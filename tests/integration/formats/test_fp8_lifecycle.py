@@ -130,3 +130,26 @@ def test_plans_name_the_format_of_inputs_and_copies(tmp_path: Path, form: str) -
     assert copied.output_formats() == sorted(["BF16", label])
     mergeloom.merge(copied, tmp_path / "out")
     assert f"| dtype | {', '.join(sorted(['bfloat16', label]))} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("form", quantized.FORMATS)
+@pytest.mark.parametrize("merged", [False, True], ids=["copied", "merged"])
+def test_codes_and_scales_are_one_tensor_in_text_json_and_page(tmp_path: Path, form: str, merged: bool) -> None:
+    """The number is that of the values' twin; the files' is counted in what is written."""
+    pairs = [quantized.write_pair(tmp_path, form, seed) for seed in (1, 2)]
+    models = [model for model, _ in pairs][: 2 if merged else 1]
+    planned = plan(
+        linear(*models) if merged else {"merge_method": "passthrough", "models": [{"model": str(models[0])}]}
+    )
+    mergeloom.merge(planned, tmp_path / "out")
+    values, stored = len(read_model(pairs[0][1])), len(read_model(tmp_path / "out"))
+    output = planned.to_dict()["output"]
+    assert (output["tensors"], output["stored_tensors"]) == (values, stored)
+    assert mergeloom.inspect(tmp_path / "out").to_dict()["tensors"] == values
+    shown = f"{values} tensors ({stored} stored)" if stored != values else f"{values} tensors"
+    text, page = plan_text(planned), make_page(planned)
+    assert re.search(rf"^  parameters +[\d,]+ \(\S+\) in {re.escape(shown)}$", text, re.MULTILINE)
+    assert f"{shown}, BF16" in page
+    assert f": {values} tensors of " in repr(planned)
+    (work,) = re.findall(r"^  tensors +(.*), in \d+ steps$", text, re.MULTILINE)
+    assert sum(int(each.partition(" ")[0]) for each in work.split(", ")) == values

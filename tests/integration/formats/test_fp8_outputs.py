@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 import mergeloom
+from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.planning import plan
 from mergeloom.errors import CheckpointError
 from mergeloom.io.units import data_size
+from mergeloom.report.explain import explain
 from mergeloom.report.plan import plan_sections
 from mergeloom.report.sections import plain
+from mergeloom.report.tensors.sources import sources_section
 from tests.support.models import quantized
 from tests.support.outputs import digests, read_model
 
@@ -67,6 +70,24 @@ def test_codes_and_scales_equal_those_of_the_reference(
         assert torch.equal(found[f"{module}.weight"].view(torch.uint8), codes.view(torch.uint8)), module
     configs = [json.loads((each / "config.json").read_text()) for each in (tmp_path / "out", pairs[0][0])]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("form", [*WRITTEN, "int4"])
+@pytest.mark.parametrize("dtype", [{}, {"dtype": "bfloat16"}, {"out_dtype": "float16"}, {"out_dtype": "fp8_blocks"}])
+def test_explain_marks_the_base_whatever_the_output_is_stored_as(
+    tmp_path: Path, form: str, dtype: dict[str, Any]
+) -> None:
+    models = [quantized.write_wide(tmp_path, form, seed) for seed in (1, 2, 3)]
+    planned = plan(ties(models, **dtype), options=Options(device="cpu", survival=True))
+    explained = {name: explain(planned, name) for name in planned.built.graph.outputs.names}
+    merged = {name: found for name, found in explained.items() if found.how == "merge"}
+    assert {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(2)} <= merged.keys()
+    for name, found in merged.items():
+        assert [(each.model, each.base) for each in found.sources] == [
+            (str(model), model == models[0]) for model in models
+        ], name
+        models_in_table = sources_section(found.sources).grid.rows  # type: ignore[union-attr]
+        assert [row[0] for row in models_in_table if row[0]] == [f"{models[0]} (base)", *map(str, models[1:])], name
 
 
 def test_slerp_is_within_half_a_step_of_float64(tmp_path: Path) -> None:
@@ -198,7 +219,7 @@ def test_planned_bytes_are_executed_for_any_budget(tmp_path: Path) -> None:
     planned = plan.to_dict()
     inspected = mergeloom.inspect(models[0]).to_dict()
     assert planned["output"]["parameters"] == inspected["parameters"]
-    assert "12 by FP8 encoding of linear of FP8 blocks, 4 by linear" in plain(plan_sections(plan))
+    assert "6 by FP8 encoding of linear of FP8 blocks, 4 by linear" in plain(plan_sections(plan))
     result = mergeloom.merge(linear(models), tmp_path / "out")
     smallest = mergeloom.merge(linear(models), tmp_path / "small", max_ram=planned["minimum_ram"] + (64 << 20))
     for measured in (result.measured, smallest.measured):

@@ -61,7 +61,7 @@ KINDS = {
     "absent": ("there is no such directory", (0, 0, 4, 4)),
     "empty": ("is empty", (0, 0, 4, 4)),
     "unfinished": ("holds an unfinished merge", (0, 0, 4, 4)),
-    "in use": (rf"another merge is writing here \(process {os.getpid()}\)", (5, 5, 5, 5)),
+    "in use": (rf"another run of mergeloom is writing here \(process {os.getpid()}\)", (5, 5, 5, 5)),
     "finished": ("holds a finished merge", (0, 0, 0, 0)),
     "foreign": (r"is not empty \(notes.txt\), and mergeloom did not write these files", (2, 2, 2, 4)),
     "a file": ("is a file", (2, 2, 2, 4)),
@@ -174,7 +174,7 @@ def test_a_merge_that_is_being_published_is_not_taken_for_a_model(recipe: Path, 
         with pytest.raises(Stopped):
             merge(recipe, out, planning.Options(max_ram=4 << 30, device="cpu", shard_size=15_000))
     assert (out / "model-00001-of-00003.safetensors").exists()
-    with pytest.raises(CheckpointError, match="holds an unfinished merge; run the same merge command again"):
+    with pytest.raises(CheckpointError, match="holds an unfinished merge; run the same command again"):
         open_model(ModelReference(str(out)))
     with pytest.raises(CheckpointError, match="holds an unfinished merge"):
         merge({"merge_method": "passthrough", "models": [{"model": str(out)}]}, tmp_path / "other", OPTIONS)

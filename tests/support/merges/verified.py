@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mergeloom.engine.run.manifest import MANIFEST
-from mergeloom.engine.run.manifest import _pieces as pieces
-from mergeloom.engine.run.manifest import _self_digest as self_digest
 from mergeloom.engine.run.merge import merge
 from mergeloom.engine.run.plan import Options
 from mergeloom.engine.run.verify import Verdict
 from mergeloom.io.checkpoint.checkpoint import open_checkpoint
+from mergeloom.io.output.manifest_file import _pieces as pieces
+from mergeloom.io.output.manifest_file import _self_digest as self_digest
 from tests.support.models import write_checkpoint
 
 SHAPES = {f"model.layers.{layer}.w.weight": (64, 50) for layer in range(4)} | {"model.norm.weight": (50,)}

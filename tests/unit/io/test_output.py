@@ -207,7 +207,7 @@ def test_an_existing_empty_directory_is_used_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_second_merge_is_refused_until_the_lock_is_released(made: OutputDirectory) -> None:
-    with pytest.raises(EnvironmentFailure, match="another merge is writing here") as refused:
+    with pytest.raises(EnvironmentFailure, match="another run of mergeloom is writing here") as refused:
         OutputDirectory.open(made.path)
     assert refused.value.exit_code == 5
     made.abandon()
@@ -218,7 +218,7 @@ def test_a_second_merge_is_refused_until_the_lock_is_released(made: OutputDirect
 def test_the_lock_is_a_context_manager(tmp_path: Path) -> None:
     lock = OutputLock(tmp_path / "out")
     assert not lock.path.exists()  # nothing happens before it is acquired
-    with lock as held, pytest.raises(EnvironmentFailure, match="another merge is writing here"):
+    with lock as held, pytest.raises(EnvironmentFailure, match="another run of mergeloom is writing here"):
         assert (held.journal, held.complete, held.created) == (None, False, [tmp_path / "out"])
         OutputDirectory.open(lock.path)
     with OutputLock(lock.path) as again:

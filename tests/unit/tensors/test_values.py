@@ -106,9 +106,9 @@ def test_what_is_known_about_parts(tensors: LogicalTensors) -> None:
         **{key: ["b.weight"] for key in ["b.weight", "b.weight_scale", "b.input_scale"]},
         **{key: ["c"] for key in ["c.codes", "c.scales"]},
     }
-    scales = dict.fromkeys(["a.weight_scale", "b.weight_scale", "b.input_scale", "c.scales"], 0)
-    codes = dict.fromkeys(["a.weight", "b.weight", "c.codes"], 24)
-    assert {part: tensors.elements_of(part) for part in SHAPES} == {**scales, **codes, "norm": None, "experts": None}
+    scales = dict.fromkeys(["a.weight_scale", "b.weight_scale", "b.input_scale", "c.scales"], (0, 0))
+    codes = dict.fromkeys(["a.weight", "b.weight", "c.codes"], (1, 24))
+    assert {part: tensors.counts_of(part) for part in SHAPES} == {**scales, **codes, "norm": None, "experts": None}
 
 
 def test_classes_stand_for_their_tensors(tensors: LogicalTensors) -> None:
