@@ -97,14 +97,20 @@ def reread_section(plan: Plan, read: Sequence[int]) -> Section | None:
 def reread_lines(groups: Sequence[ReadAgain]) -> list[str]:
     """Describe groups of re-read tensors: the first few one by one, the others in one line."""
     lines = [
-        f"{group.pattern} ({plural(group.tensors, 'tensor')}, {data_size(group.nbytes)}): read {group.times:.3g} "
-        f"times: {group.reason}"
+        f"{group.pattern} ({plural(group.tensors, 'tensor')}, {data_size(group.nbytes)}): read {_times(group)}: "
+        f"{group.reason}"
         for group in groups[:_REREAD_GROUPS]
     ]
     if rest := groups[_REREAD_GROUPS:]:
         count, nbytes = sum(group.tensors for group in rest), sum(group.read - group.nbytes for group in rest)
         lines.append(f"and {plural(count, 'other tensor')}, with {data_size(nbytes)} of re-reads")
     return lines
+
+
+def _times(group: ReadAgain) -> str:
+    """How often a group is read; for a small part that is read again, its size."""
+    times = f"{group.times:.3g}"
+    return f"once, and {data_size(group.read - group.nbytes)} again" if times == "1" else f"{times} times"
 
 
 def output_section(plan: Plan) -> Section:

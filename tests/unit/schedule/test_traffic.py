@@ -134,6 +134,8 @@ def test_many_kinds_are_summed_up() -> None:
     assert len(lines) == 5
     assert lines[0] == "w0 (2 tensors, 100B): read 3 times: it has to be"
     assert lines[-1] == "and 6 other tensors, with 600B of re-reads"
+    (line,) = reread_lines([ReadAgain("w", 1, 100_000, 100_256, "rows are shared", False)])
+    assert line == "w (1 tensor, 100KB): read once, and 256B again: rows are shared"
 
 
 @pytest.mark.parametrize("budget", ["ram=64GiB,vram=1GiB", "ram=64GiB,vram=24GiB,gpus=2"])
