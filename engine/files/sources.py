@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from ...errors import Location
 from ...io.checkpoint.checkpoint import Checkpoint
 from ...io.companions import FileKind, companion_files
 from ..graph.build import BuiltGraph, Model, OutputStack
 from ..model.contents.diffusion import is_diffusion
-from ..model.paths import located, places_of
+from ..model.paths import located
 from ..model.vocabularies.adapter_tokenizers import adapter_with_tokenizer
 from ..model.vocabularies.added_tokens import AddedToken
-from ..model.vocabularies.known import open_directory
+from ..model.vocabularies.known import open_directory, tokenizer_source
 from ..model.vocabularies.tensors import embedding_rows
 from ..model.vocabularies.tokenizer_files import (
     GENERATION,
@@ -287,23 +287,23 @@ class FileResolver:
                 if stage.allow_vocabulary_mismatch
                 else "Add its tokenizer files, or use a model with them",
             )
-        merged, places = models_with_merged_embeddings(built), places_of(self._recipe)
-        lines = {each.text: self._recipe.origins.locate(place) for each, place in places.items()}
+        merged = models_with_merged_embeddings(built)
+        owner = tokenizer_source(stage, built.models[built.donor].reference)
         self.warnings += check_vocabularies(
             TokenizerModel(
                 tokenizer.tokenizer_from,
                 tokenizer.tokenizer,
                 new=tokenizer.new_tokens,
-                location=lines.get(tokenizer.tokenizer_from),
+                located=partial(located, self._recipe, owner),
             ),
-            [self._tokenizer_model(model, lines.get(model.name), merged=model.number in merged) for model in models],
+            [self._tokenizer_model(model, merged=model.number in merged) for model in models],
             rule,
         )
 
-    def _tokenizer_model(self, model: Model, location: Location | None, *, merged: bool) -> TokenizerModel:
-        files = self.of(model.reference)
+    def _tokenizer_model(self, model: Model, *, merged: bool) -> TokenizerModel:
+        files, named = self.of(model.reference), partial(located, self._recipe, model.reference)
         rows = embedding_rows(model)
-        return TokenizerModel(files.tokenizer_from, files.tokenizer, rows, merged, files.new_tokens, location)
+        return TokenizerModel(files.tokenizer_from, files.tokenizer, rows, merged, files.new_tokens, named)
 
     def _check_tokens(self, stage: Stage, built: BuiltGraph, files: FileSources) -> None:
         """Check the special tokens of a stage's models and, if it is written, those of its output."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
-from ...errors import CheckpointError, Location, MergeloomError
+from ...errors import CheckpointError, MergeloomError
 from ...io.checkpoint.checkpoint import Checkpoint
 from ..graph.build import BuiltGraph, Model
 from ..graph.usage import stored_parts
@@ -32,7 +33,7 @@ class TokenizerModel:
         rows: number of rows of the model's embeddings; None if unknown.
         merged: whether the model's embeddings or heads are merged with those of another, and not only copied.
         new: tokens that earlier stages add to the tokenizer.
-        location: location of the model in the recipe; None for a stage.
+        located: begins the message of an error in a ``with`` block with the model's location in the recipe.
     """
 
     name: str
@@ -40,7 +41,7 @@ class TokenizerModel:
     rows: int | None = None
     merged: bool = False
     new: tuple[AddedToken, ...] = ()
-    location: Location | None = None
+    located: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +141,11 @@ def check_vocabularies(
             combined = "has embeddings or heads of both"
         if found.unrelated:
             effect = "Embeddings are merged row by row, which would mix different tokens"
-            unrelated = CheckpointError(
-                f"{pair} are unrelated: {found.rows:,} of {found.compared:,} rows differ; {found.text}. "
-                f"{effect if together else f'The output {combined}'}: {_BY_TOKEN}; {_PROCEED}"
-            )
-            _locate(unrelated, other)
-            raise unrelated
+            with other.located():
+                raise CheckpointError(
+                    f"{pair} are unrelated: {found.rows:,} of {found.compared:,} rows differ; {found.text}. "
+                    f"{effect if together else f'The output {combined}'}: {_BY_TOKEN}; {_PROCEED}"
+                )
         yield _differing(pair, found, "" if together else combined)
 
 
@@ -160,19 +160,10 @@ def _difference(first: TokenizerModel, second: TokenizerModel, parsed: dict[str,
 
 
 def _vocabulary(model: TokenizerModel) -> Vocabulary:
-    try:
+    with model.located():
         found = read_vocabulary(tokenizer_directory(model.checkpoint))
-    except CheckpointError as error:
-        _locate(error, model)
-        raise
     assert found is not None
     return replace(found, rows={**found.rows, **{token.text: token.row for token in model.new}})
-
-
-def _locate(error: CheckpointError, model: TokenizerModel) -> None:
-    """Begin the message of an error about a model's tokenizer with the line that names the model."""
-    if model.location is not None:
-        error.add_location(model.location)
 
 
 def _differing(pair: str, found: Difference, combined: str) -> ModelWarning:
