@@ -241,9 +241,8 @@ class FileResolver:
             raise self._recipe.error(place, f"{named.text} has no config.json")
         main = built.stacks[0].donor.config_path if built.stacks else ()
         try:
-            config_json, remarks = override_config(
-                config, built.donor_config, main=main, head=built.head, rows=_requested_rows(built)
-            )
+            rows = built.requested_rows
+            config_json, remarks = override_config(config, built.donor_config, main=main, head=built.head, rows=rows)
         except ValueError as error:
             raise self._recipe.error(place, f"{named.text} {error}") from error
         for remark in remarks:
@@ -396,9 +395,3 @@ def _renumbering(built: BuiltGraph, reference: ModelReference) -> Renumbering:
     vocabulary = built.vocabulary
     model = next((model for model in built.models if model.reference == reference), None)
     return Renumbering(None if vocabulary is None or model is None else vocabulary.models.get(model.number))
-
-
-def _requested_rows(built: BuiltGraph) -> int | None:
-    """The rows of embeddings that a `tokenizer` or the donor's adapters ask for; None for those of the donor's base."""
-    donor = built.models[built.donor]
-    return built.vocabulary.rows if built.vocabulary else embedding_rows(donor) if donor.reference.adapters else None

@@ -10,6 +10,7 @@ from typing import Any
 from ..model.inputs import Model
 from ..model.layers import Stack
 from ..model.vocabularies.stage import StageVocabulary
+from ..model.vocabularies.tensors import embedding_rows
 from ..model.warnings import ModelWarning
 from ..recipe.parameter_uses import ParameterUse
 from ..recipe.types import Stage
@@ -122,6 +123,14 @@ class BuiltGraph:
         """The numbers of tensors and parameters of each model that is written, by its folder in OUT."""
         folders = "", *(saved.folder for saved in self.saved)
         return {folder: output_counts(self.graph, self.models, folder) for folder in folders}
+
+    @property
+    def requested_rows(self) -> int | None:
+        """The rows of embeddings that `tokenizer` or the donor's adapters ask for; None if they have the base's."""
+        if self.vocabulary is not None:
+            return self.vocabulary.rows
+        donor = self.models[self.donor]
+        return embedding_rows(donor) if donor.reference.adapters else None
 
     @property
     def layers(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +23,7 @@ from ..recipe.types import (
     base_index,
     modules_of,
 )
+from .adapters.complete import unsaved_biases
 from .adapters.loaded import Adapter, open_adapter
 from .adapters.resized import rows_without_tokens
 from .adapters.values import with_adapters
@@ -158,9 +159,7 @@ class AdapterModels:
             adapters = [self._adapter(each) for each in reference.adapters]
             tensors = with_adapters(reference.text, base.checkpoint, base.tensors, adapters)
         added = [name for name in tensors if name not in base.tensors]
-        remarks = [adapter.remark(base.name, base.checkpoint) for adapter in adapters]
-        advice = "make sure that the base has the weights that the adapter was trained on"
-        warnings = [ModelWarning(ModelWarningKind.ADAPTER, remark, advice) for remark in remarks if remark]
+        warnings = [warning for adapter in adapters for warning in _adapter_warnings(adapter, base)]
         return replace(
             base,
             reference=reference,
@@ -191,6 +190,15 @@ class AdapterModels:
         if reference not in self._adapters:
             self._adapters[reference] = open_adapter(reference, self._open)
         return self._adapters[reference]
+
+
+def _adapter_warnings(adapter: Adapter, base: Model) -> Iterator[ModelWarning]:
+    """Warn of another base than the adapter was trained on, and of what it lacks."""
+    if remark := adapter.remark(base.name, base.checkpoint):
+        advice = "make sure that the base has the weights that the adapter was trained on"
+        yield ModelWarning(ModelWarningKind.ADAPTER, remark, advice)
+    if remark := unsaved_biases(adapter, base.tensors):
+        yield ModelWarning(ModelWarningKind.ADAPTER, remark, "save it again with a version of PEFT that saves them")
 
 
 def _in_donors_layout(

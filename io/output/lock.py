@@ -316,8 +316,8 @@ def _find_special(path: Path) -> Path | None:
 
 
 def is_complete(path: Path, completion_marker: str) -> bool:
-    """Whether a directory holds a finished merge: its completion marker exists."""
-    return bool(completion_marker) and (path / completion_marker).is_file()
+    """Whether a directory holds what is finished: its completion marker exists. Never raises."""
+    return bool(completion_marker) and os.path.isfile(path / completion_marker)  # noqa: PTH113  Path.is_file raises
 
 
 def published_names(found: JournalContent) -> list[str]:

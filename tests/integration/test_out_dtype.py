@@ -118,9 +118,9 @@ def test_a_filter_that_matches_nothing_is_a_warning(models: tuple[Path, Path]) -
 
 def test_a_quantized_donor_is_rejected_where_its_dtype_is_needed(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
-    scale = {f"{name}_scale_inv": (1, 1)}
-    dtypes = dict.fromkeys(LLAMA.tensors, "BF16") | {name: "F8_E4M3", f"{name}_scale_inv": "F32"}
-    config = LLAMA.config | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    scale = {f"{name}_scale": ()}
+    dtypes = dict.fromkeys(LLAMA.tensors, "BF16") | {name: "F8_E4M3", f"{name}_scale": "F32"}
+    config = LLAMA.config | {"quantization_config": {"quant_method": "fp8"}}
     a = write_checkpoint(tmp_path / "a", {**LLAMA.tensors, **scale}, dtype=dtypes, config=config)
     copied = {"merge_method": "passthrough", "models": [{"model": str(a)}], "out_dtype": "same"}
     assert plan(copied, CPU).bytes_computed == 0

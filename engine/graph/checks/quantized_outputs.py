@@ -103,16 +103,18 @@ def decoded_outputs(graph: MergeGraph, donor: Model) -> Iterator[tuple[str, int]
 
 def newly_decoded(graph: MergeGraph, models: Sequence[Model], donor: Model) -> list[tuple[str, int]]:
     """Those of the `decoded_outputs` that are computed from quantized tensors, and not just like in their models."""
-    tensors = [model.tensors for model in models]
-
-    def decodes(node: int) -> bool:
-        return any(
-            decodes(~value) if value < 0 else format_of(tensors[graph.read_models[value]], graph.read_names[value])
-            for value in graph.node_sources[node]
+    decoded = list(decoded_outputs(graph, donor))
+    if not decoded:
+        return []
+    tensors, decodes = [model.tensors for model in models], bytearray()
+    for sources in graph.node_sources:  # those of a node come before it
+        decodes.append(
+            any(
+                decodes[~value] if value < 0 else format_of(tensors[graph.read_models[value]], graph.read_names[value])
+                for value in sources
+            )
         )
-
-    known = graph.by_class(decodes)  # nodes of a class have sources that are decoded in the same way
-    return [(name, node) for name, node in decoded_outputs(graph, donor) if known[node]]
+    return [(name, node) for name, node in decoded if decodes[node]]
 
 
 def _is_wide(graph: MergeGraph, node: int) -> bool:

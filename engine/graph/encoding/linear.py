@@ -120,4 +120,4 @@ def without_numbers(name: str) -> str:
 
 def kinds_of(names: Iterable[str]) -> set[str]:
     """Return the different names without numbers. All names are searched at once, which is faster than one by one."""
-    return set(without_numbers("\n".join(names)).split("\n"))
+    return set(without_numbers("\n".join(names)).split("\n")) - {""}

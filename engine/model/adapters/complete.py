@@ -42,26 +42,45 @@ def _missing(adapter: Adapter, tensors: Tensors, stacks: Collection[str], *, tie
     """What the config says was trained, each with the tensors that the adapter lacks."""
     config, changes = adapter.config, adapter.changes
     for saved in config.modules_to_save:
-        of_base = [name for name in tensors if _is_in(name, saved)]
-        if not of_base or any(_is_in(name, saved) for name in changes.replaced):
+        if any(_is_in(name, saved) for name in changes.replaced):
             continue
-        if not (tied and any(is_head(name) or is_embedding(name) for name in of_base)):  # PEFT saves one of the two
+        of_base = [name for name in tensors if _is_in(name, saved)]
+        saved_once = tied and any(is_head(name) or is_embedding(name) for name in of_base)  # PEFT saves one of the two
+        if of_base and not saved_once:
             yield f"{saved} in modules_to_save, but the adapter has none of its tensors, such as {of_base[0]}"
     if config.trains_tokens and not any(TOKENS in stored for stored in changes.modules.values()):
         yield f"trainable_token_indices, but the adapter has no {TOKENS}"
     if config.lora_bias:
         lacking = (module for module, stored in changes.modules.items() if B in stored and BIAS not in stored)
         yield from (f"lora_bias, but {module} has no {BIAS}" for module in lacking)
-    if config.bias != "none" and not any(name.endswith(".bias") for name in changes.replaced):
-        modules = [module.removeprefix("model.") for module in changes.modules]
+    if config.bias == "all" and not _has_biases(adapter):
         biases = (name for name in tensors if name.endswith(".bias"))
-        trained = (
-            name for name in biases if config.bias == "all" or name.removesuffix(".bias").endswith(tuple(modules))
-        )
-        yield from (f"bias: {config.bias}, but the adapter has no biases, such as {name}" for name in trained)
+        yield from (f"bias: all, but the adapter has no biases, such as {name}" for name in biases)
     experts = [target for target in config.target_parameters if "experts." in target]
     if experts and not stacks and any(".experts." in name for name in tensors):
         yield f"{experts[0]} in target_parameters, but the adapter has no factors of experts"
+
+
+def unsaved_biases(adapter: Adapter, tensors: Tensors) -> str:
+    """Return a remark if biases next to the factors were trained and are not in the adapter; empty otherwise.
+
+    Many versions of PEFT did not save them (huggingface/peft issue 3306), so the file is as complete as it can be.
+    """
+    if adapter.config.bias != "lora_only" or _has_biases(adapter):
+        return ""
+    modules = tuple([module.removeprefix("model.") for module in adapter.changes.modules])
+    names = (name for name in tensors if name.endswith(".bias"))
+    trained = next((name for name in names if name.removesuffix(".bias").endswith(modules)), None)
+    if trained is None:
+        return ""
+    return (
+        f"{adapter.name}: {CONFIG} has bias: lora_only, but the adapter has no biases, such as {trained}: they stay "
+        "those of the base, as when PEFT loads it"
+    )
+
+
+def _has_biases(adapter: Adapter) -> bool:
+    return any(name.endswith(".bias") for name in adapter.changes.replaced)
 
 
 def _is_in(name: str, module: str) -> bool:

@@ -35,11 +35,17 @@ _UNSUPPORTED = {
 }
 """Fields that change what an adapter is, each with what it is then."""
 
-_KNOWN_INITIALIZATIONS = ("true", "false", "gaussian", "eva", "orthogonal", *_CHANGED_BASE)
+_KNOWN_INITIALIZATIONS = ("true", "false", "gaussian", "eva", "orthogonal", "mica", *_CHANGED_BASE)
 """Values of ``init_lora_weights``, in lower case, or their beginnings."""
 
-_KNOWN_KINDS = ("use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
+_KNOWN_KINDS = (
+    *("use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    "runtime_config",
+)
 """Fields named like a kind of adapter that don't change what it is."""
+
+_KNOWN_VERSION = (0, 21)
+"""Of this version of PEFT and earlier ones, all kinds of adapters are known: it ignores any other field."""
 
 _SNAPSHOT = re.compile(r"models--(?:[^/]+--)?([^/]+)/snapshots/[^/]+/?$")
 """The directory of a model in the cache of huggingface_hub."""
@@ -96,11 +102,11 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """Return the rank of a module. Raises CheckpointError if the config has none."""
-        return int(self._number(self._matching(self._ranks, module), "r"))
+        return int(self._number(self._ranks.value_for(module), "r"))
 
     def scale(self, module: str) -> float:
         """Return what the product of a module's factors is multiplied by. Raises CheckpointError."""
-        rank, alpha = self.rank(module), self._number(self._matching(self._alphas, module), "lora_alpha")
+        rank, alpha = self.rank(module), self._number(self._alphas.value_for(module), "lora_alpha")
         if rank <= 0:
             raise CheckpointError(f"{self._name}: {CONFIG} has the rank {rank} for {module}: it must be positive")
         return alpha / (math.sqrt(rank) if self._content.get("use_rslora") else rank)
@@ -130,9 +136,10 @@ class AdapterConfig:
         for key, what in _UNSUPPORTED.items():
             if self._content.get(key):
                 raise CheckpointError(f"{self._name} {what} ({key} in {CONFIG}); it can't be applied to a base")
-        unknown = (key for key in self._content if key.startswith("use_") or key.endswith("_config"))
+        is_newer = (self.version or _KNOWN_VERSION) > _KNOWN_VERSION
+        kinds = [key for key in self._content if key.startswith("use_") or key.endswith("_config")]
         init = self._content.get("init_lora_weights")
-        found = [key for key in unknown if self._content[key] and key not in (*_KNOWN_KINDS, *_UNSUPPORTED)]
+        found = [key for key in kinds if is_newer and self._content[key] and key not in _KNOWN_KINDS]
         if init is not None and not str(init).lower().startswith(_KNOWN_INITIALIZATIONS):
             found.append("init_lora_weights")
         if found:
@@ -153,25 +160,17 @@ class AdapterConfig:
             raise CheckpointError(f"{self._name}: {key} in {CONFIG} is {found!r}, not a list: download it again")
         return tuple(found)
 
-    def _patterns(self, key: str) -> Mapping[str, Any]:
+    def _patterns(self, key: str) -> _Patterns:
         found = self._content.get(key) or {}
         if not isinstance(found, dict):
             raise CheckpointError(f"{self._name}: {key} in {CONFIG} is {found!r}, not an object: download it again")
-        return found
-
-    def _matching(self, patterns: Mapping[str, Any], module: str) -> Any:
-        """The value of the first pattern that matches a module; None if none does."""
-        for pattern, value in patterns.items():
-            try:
-                re.compile(pattern)  # for positions in an error
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-            except re.error as error:
-                raise CheckpointError(
-                    f"{self._name}: {pattern!r} in {CONFIG} is not a valid pattern of module names ({error}): use the "
-                    f"{CONFIG} that was saved with it"
-                ) from error
-        return None
+        try:
+            return _Patterns(found)
+        except re.error as error:
+            raise CheckpointError(
+                f"{self._name}: {error.pattern!r} in {CONFIG} is not a valid pattern of module names ({error}): use "
+                f"the {CONFIG} that was saved with it"
+            ) from error
 
     def _number(self, found: Any, key: str) -> float:
         value = self._content.get(key) if found is None else found
@@ -192,6 +191,27 @@ class AdapterConfig:
         if not self.base or _last(self.base) in names:
             return ""
         return f"{self._name} was trained on {self.base} ({CONFIG}), and is applied to {base}"
+
+
+class _Patterns:
+    """Values by patterns of module names. Each name is matched once: some adapters have a pattern for each module.
+
+    Args:
+        values: the values by pattern. Raises re.error if one is invalid.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        for pattern in values:
+            re.compile(pattern)  # for the positions in an error
+        self._values = [(re.compile(rf"(?:.*\.)?(?:{pattern})$"), value) for pattern, value in values.items()]
+        self._known: dict[str, Any] = {}
+
+    def value_for(self, module: str) -> Any:
+        """Return the value of the first pattern that matches a module; None if none does."""
+        if module not in self._known:
+            found = (value for pattern, value in self._values if pattern.match(module))
+            self._known[module] = next(found, None)
+        return self._known[module]
 
 
 def _last(name: str) -> str:

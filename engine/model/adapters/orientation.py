@@ -21,7 +21,7 @@ def transposed_modules(
 
     In the models of GPT-2's kind, names decide: PEFT's `fan_in_fan_out` is that of the last module there. In others,
     PEFT ignores it for linear layers (peft 0.21.2, ``tuners/lora/layer.py``, `dispatch_default`), so it only means
-    something if a matrix doesn't fit otherwise.
+    something if a matrix doesn't fit otherwise, or if a square one has a name that GPT-2's kind uses.
 
     Args:
         adapter: the adapter.
@@ -29,11 +29,13 @@ def transposed_modules(
         shape_of: function that returns the shape of a module's weight.
     """
     modules = {module: stored for module, stored in adapter.changes.modules.items() if A in stored and B in stored}
+    of_conv1d = frozenset(module for module in modules if module.rpartition(".")[2] in _CONV1D)
     if (config or {}).get("model_type") in _CONV1D_MODELS:
-        return frozenset(module for module in modules if module.rpartition(".")[2] in _CONV1D)
+        return of_conv1d
     if adapter.config.fan_in_fan_out:
         for module, stored in modules.items():
             product = (*stored[B].ref.shape[:1], *stored[A].ref.shape[1:])
             if product != product[::-1] == shape_of(module):
                 return frozenset(modules)
+        return of_conv1d
     return frozenset()

@@ -115,3 +115,30 @@ def test_an_explanation_has_the_values_of_the_base_with_and_without_its_adapter(
     sources = explain(plan(recipe), f"{UP}.weight").sources
     assert {source.name for source in sources} == {f"{UP}.weight"}
     assert {source.format: source.base for source in sources} == {"INT4": True, "INT4 + LoRA": False}
+
+
+def test_layers_that_were_never_quantized_are_not_reported_as_decoded(tmp_path: Path) -> None:
+    """Their outputs have the same shapes, dtypes and adapters as those that are decoded and encoded again."""
+    quantize, section = FORMATS["fp8 blocks"]
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(2)]
+    for name, plain in zip(names, (False, True), strict=True):
+        weight = torch.randn(32, 48, generator=generator)
+        stored = {"weight": weight.to(torch.bfloat16)} if plain else quantize(weight).stored
+        tensors |= {f"{name}.{end}": part for end, part in stored.items()}
+    section = section | {"modules_to_not_convert": [names[1]]}
+    config = {"model_type": "llama", "num_hidden_layers": 2, "torch_dtype": "bfloat16", "quantization_config": section}
+    base = write_checkpoint(tmp_path / "base", tensors, config=config)
+    shapes = dict.fromkeys((f"{name}.weight" for name in names), (32, 48))
+    entries = [
+        {"model": f"{base}+{write_lora(tmp_path / str(seed), shapes, seed=seed)}", "parameters": {"weight": 0.5}}
+        for seed in (1, 2)
+    ]
+    planned = plan({"merge_method": "linear", "models": entries, "out_dtype": "same"})
+    assert not planned.warnings
+    planned = plan(
+        {"merge_method": "linear", "models": entries, "out_dtype": [{"filter": "up_proj", "value": "bfloat16"}]}
+    )
+    assert not [each for each in planned.warnings if "layers.1" in each]
+    planned = plan({"merge_method": "linear", "models": entries})
+    assert not planned.warnings

@@ -218,7 +218,14 @@ def compare(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *, repeats:
     assert bool(graphs(at_once)[-1].repeats) == repeats
     headers = [[shard.header for shard in each.layout.shards] for each in (at_once, one_by_one)]
     assert headers[0] == headers[1]
-    assert at_once.to_dict() == one_by_one.to_dict()
+    assert without_process(at_once) == without_process(one_by_one)
+
+
+def without_process(found: Plan) -> dict[str, Any]:
+    """A plan without the size of the test process, which grows from one plan to the next."""
+    said = found.to_dict()
+    baseline = said.pop("baseline_ram")
+    return said | {key: said[key] - baseline for key in ("minimum_ram", "peak_ram")}
 
 
 def graphs(found: Plan) -> list[MergeGraph]:

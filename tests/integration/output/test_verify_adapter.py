@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import mergeloom
 from mergeloom.engine.run.extract import staging
 from mergeloom.engine.run.verify import verify
-from mergeloom.errors import CheckpointError, UsageError
+from mergeloom.errors import CheckpointError, MergeloomError, UsageError
 from mergeloom.io.output.digests import BLOCK_BYTES
 from mergeloom.io.output.lock import EXTRACTION, MANIFEST
 from tests.support.command_line import run
@@ -209,6 +209,11 @@ def test_verify_says_what_a_directory_holds(pair: tuple[Path, Path], tmp_path: P
     assert str(absent.value).endswith(
         f"there is no such directory; expected the directory of a finished merge, {FOREIGN}"
     )
+
+
+def test_a_path_that_is_too_long_is_an_error_of_the_user(tmp_path: Path) -> None:
+    with pytest.raises(MergeloomError, match="too long"):
+        verify(tmp_path / ("x" * 300))
 
 
 def test_verify_says_that_an_extraction_is_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
