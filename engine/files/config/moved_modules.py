@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ....io.tensors.dtypes import Kind as ElementKind
 from ...graph.build import BuiltGraph, OutputStack
+from ...graph.encoding.linear import without_numbers
 from ...model.checks.formats import quantization_config
 from ...model.formats.skip_lists import KEYS, SPECIAL, SkipList, skip_lists
+from ...model.layers import Stack
 from ...model.warnings import ModelWarning, ModelWarningKind
 from .skip_list import entries_of, lists_of_codes
 
@@ -107,26 +108,42 @@ def _method(section: Mapping[str, Any]) -> str:
 
 
 def _listed_elsewhere(built: BuiltGraph) -> Iterator[str]:
-    """Yield the unquantized modules in layers of other models than the donor whose own config.json lists them."""
+    """Yield the unquantized modules in layers of other models than the donor that need an entry.
+
+    Their own config.json lists them, or the donor's lists a module of their kind, such as the router of another layer:
+    an unquantized model has no lists, but loaders create a quantized module wherever the output's doesn't name one.
+    """
     graph, donor = built.graph, built.models[built.donor]
     mains = [main.prefix for main in donor.layers.mains]
-    lists = {number: skip_lists(built.models[number].checkpoint.config) for number in sorted(set(graph.read_models))}
-    stacks = dict(zip(mains, enumerate(built.stacks), strict=False))
+    stacks = {each.donor.prefix: (mains.index(each.donor.prefix), each) for each in built.stacks if each.inputs}
+    # not only the models that are read: a stage and a model with adapters have lists, and others have their tensors
+    owners = {built.donor, *(inputs[0][0] for _, stack in stacks.values() for inputs in stack.inputs)}
+    lists = {number: skip_lists(built.models[number].checkpoint.config) for number in owners}
+    kinds: dict[tuple[str, str], bool] = {}
     for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True):
         layer = donor.layers.split(name) if len(graph.shape(node)) >= 2 and name.endswith(".weight") else None
-        dtype = graph.node_dtype[node]
-        if layer is None or layer.stack not in stacks or dtype.kind is not ElementKind.FLOAT or dtype.bits < 16:
+        if layer is None or layer.stack not in stacks or not graph.node_dtype[node].is_wide_float:
             continue
         position, stack = stacks[layer.stack]
         beyond = layer.index - len(stack.inputs)
-        if not stack.inputs:
-            continue
         number, index = stack.inputs[min(layer.index, len(stack.inputs) - 1)][0]
+        if number == built.donor:
+            continue
         own = built.models[number].stack(position)
         index = index if beyond < 0 else own.count + beyond
-        module = f"{own.prefix}.{index}.{layer.rest}".removesuffix(".weight")
-        if number != built.donor and any(each.entry_of(module) is not None for each in lists.get(number, ())):
+        rest = layer.rest.removesuffix(".weight")
+        kind = layer.stack, without_numbers(f".{rest}")
+        if kind not in kinds:
+            kinds[kind] = _lists_in_any_layer(lists[built.donor], stack.donor, rest)
+        module = f"{own.prefix}.{index}.{rest}"
+        if kinds[kind] or any(each.entry_of(module) is not None for each in lists[number]):
             yield name.removesuffix(".weight")
+
+
+def _lists_in_any_layer(lists: Sequence[SkipList], stack: Stack, module: str) -> bool:
+    """Whether one of the lists names a module of a stack's layers in any of them."""
+    names = [f"{stack.prefix}.{layer}.{module}" for layer in (*range(stack.count), *stack.extras)]
+    return any(each.entry_of(name) is not None for each in lists for name in names)
 
 
 def _texts(value: Any) -> Iterator[str]:
