@@ -6,6 +6,7 @@ output that is the donor's layer 3. Modules in layers of other models are listed
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,8 +16,12 @@ from ...graph.encoding.linear import without_numbers
 from ...model.checks.formats import quantization_config
 from ...model.formats.skip_lists import KEYS, SPECIAL, SkipList, skip_lists
 from ...model.layers import Stack
+from ...model.roles import is_prediction, is_side_module
 from ...model.warnings import ModelWarning, ModelWarningKind
 from .skip_list import entries_of, lists_of_codes
+
+_LAYER = re.compile(r"((?:re:)?\^?((?:[^\W\d][\w-]*\\?\.)*[^\W\d][\w-]*)\\?\.)(\d+)(?=\\?\.|\$?$)")
+"""An entry that names a layer: what precedes its number, the name before it, and the number."""
 
 
 def move_entries(
@@ -34,7 +39,8 @@ def move_entries(
         A warning about what names layers in another way.
     """
     found = quantization_config(config)
-    moved = [_Moves(stack, None if chosen or not stack.inputs else built.donor) for stack in stacks]
+    prefixes = [each.prefix for each in built.models[built.donor].layers.stacks]
+    moved = [_Moves(stack, None if chosen or not stack.inputs else built.donor, prefixes) for stack in stacks]
     if found is None or all(each.is_identity for each in moved):
         return []
     key, section = found
@@ -48,7 +54,7 @@ def move_entries(
         entries += entries_of(added, lists_of_codes(built), _method(section))
         section[name] = list(dict.fromkeys(entries)) if all(isinstance(each, str) for each in entries) else entries
     rest = {name: value for name, value in section.items() if name not in names}
-    unknown = [entry for name in names for entry in section[name] if any(each.is_pattern(entry) for each in moved)]
+    unknown = [entry for name in names for entry in section[name] if any(each.is_unclear(entry) for each in moved)]
     unknown += [text for text in _texts(rest) if any(each.names_layer(text) for each in moved)]
     if not unknown:
         return []
@@ -62,9 +68,10 @@ class _Moves:
     Args:
         stack: the stack.
         donor: number of the model whose layers are meant; None if all layers have a source there.
+        stacks: prefixes of all stacks of the model that names the output's tensors.
     """
 
-    def __init__(self, stack: OutputStack, donor: int | None) -> None:
+    def __init__(self, stack: OutputStack, donor: int | None, stacks: Sequence[str]) -> None:
         count, layers = stack.donor.count, len(stack.sources)
         owners = [inputs[0][0] for inputs in stack.inputs] if donor is not None else [donor] * layers
         self._new: dict[int, list[int]] = {}
@@ -74,27 +81,52 @@ class _Moves:
         if layers and owners[-1] == donor:
             self._new |= {extra: [layers + extra - count] for extra in stack.donor.extras}
         self.is_identity = stack.sources == tuple(range(count)) and set(owners) <= {donor}
-        parts = stack.donor.prefix.split(".")
-        names = (re.escape(".".join(parts[first:])).replace(r"\.", r"\\?\.") for first in range(len(parts)))
-        self._number = re.compile(rf"((?:re:)?\^?(?:{'|'.join(names)})\\?\.)(\d+)(?=\\?\.|\$?$)")
-        self._pattern = re.compile(rf"(?:^|\W){re.escape(parts[-1])}\\?\.[\d\[(\\]")
+        self._prefix, self._stacks = stack.donor.prefix, stacks
+        last = re.escape(self._prefix.rpartition(".")[2])
+        self._pattern = re.compile(rf"(?:^|\W){last}\\?\.[\d\[(\\]")
 
     def renumber(self, entry: str) -> list[str] | None:
         """The entries in place of one that names a layer; None if it names none."""
-        match = self._number.match(entry)
-        if match is None:
+        match = _LAYER.match(entry)
+        if match is None or _stacks_named(match[2], self._stacks) != [self._prefix]:
             return None
-        return [f"{match[1]}{new}{entry[match.end() :]}" for new in self._new.get(int(match[2]), ())]
+        return [f"{match[1]}{new}{entry[match.end() :]}" for new in self._new.get(int(match[3]), ())]
 
     def names_layer(self, text: str) -> bool:
         """Whether a text names a layer that may have moved."""
-        return not self.is_identity and (self._number.match(text) is not None or self.is_pattern(text))
+        return not self.is_identity and (self.renumber(text) is not None or self.is_unclear(text))
 
-    def is_pattern(self, entry: object) -> bool:
-        """Whether an entry names layers in another way than by one number; names of other stacks don't."""
-        if self.is_identity or not isinstance(entry, str) or self._number.match(entry):
+    def is_unclear(self, entry: object) -> bool:
+        """Whether an entry names layers in another way than by one number of one stack; names of other stacks don't."""
+        if self.is_identity or not isinstance(entry, str):
             return False
+        match = _LAYER.match(entry)
+        if match is not None:
+            found = _stacks_named(match[2], self._stacks)
+            return len(found) > 1 and self._prefix in found
         return SPECIAL.search(entry) is not None and self._pattern.search(entry) is not None
+
+
+def _stacks_named(named: str, prefixes: Iterable[str]) -> list[str]:
+    """The prefixes of the stacks that the text before a layer's number can mean: those most like it, from the end.
+
+    Lists can have the names of a loader's modules, such as ``model.language_model.layers`` for ``model.layers``.
+    """
+    parts = named.replace("\\", "").split(".")
+    found: dict[tuple[bool, int], list[str]] = {}
+    for prefix in prefixes:
+        own = prefix.split(".")
+        pairs = zip(reversed(parts), reversed(own), strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if common and _tower(own) == _tower(parts):
+            found.setdefault((own == parts, common), []).append(prefix)
+    return found[max(found)] if found else []
+
+
+def _tower(parts: Sequence[str]) -> tuple[bool, bool]:
+    """What kind of module layers belong to, by the components of a prefix: one next to the language model, or MTP."""
+    name = ".".join(parts)
+    return is_side_module(name), is_prediction(name)
 
 
 def _renumbered(entry: Any, moved: Iterable[_Moves]) -> list[Any]:

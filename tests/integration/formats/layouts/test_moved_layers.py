@@ -224,6 +224,50 @@ def test_entries_that_cannot_follow_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("named", ["model.language_model.layers", "language_model.model.layers"])
+def test_entries_with_names_of_modules_follow_too(tmp_path: Path, name: str, named: str) -> None:
+    """The loader's modules have other names than the checkpoint's tensors; a vision encoder has layers of its own."""
+    model = write(tmp_path, name, 0, named=named)
+    config = json.loads((model / "config.json").read_text())
+    _, keys, entry = KEYS[name]
+    stays = [entry(f"model.vision_tower.layers.{layer}.mlp.gate") for layer in (2, 11)]
+    for key in keys:
+        config["quantization_config"][key] += stays
+    (model / "config.json").write_text(json.dumps(config))
+    planned = plan(sliced((model, 4, 12), (model, 0, 3)))
+    assert not any("may have moved" in str(each) for each in planned.warnings)
+    assert planned.files.config is not None
+    listed = planned.files.config["quantization_config"]
+    for key in keys:
+        assert set(stays) <= set(listed[key])
+        for new, old in enumerate((*range(4, 12), *range(3))):
+            for module in MODULES:
+                expected = not is_quantized(0, old, module)
+                assert (entry(f"{named}.{new}.{module}") in listed[key]) == expected, (new, module)
+        assert not any(entry(f"{named}.11.{module}") in listed[key] for module in MODULES)
+
+
+def test_entries_that_can_name_either_of_two_stacks_are_named(tmp_path: Path) -> None:
+    """The encoder's and the decoder's layers have moved in one way each, so an entry can't follow both."""
+    more = {"model_type": "t5", "num_layers": LAYERS, "num_decoder_layers": LAYERS}
+    prefixes = ("encoder.block", "decoder.block")
+    model = write(tmp_path, "transformers", 0, prefixes=prefixes, more=more)
+    config = json.loads((model / "config.json").read_text())
+    section = config["quantization_config"]
+    section["modules_to_not_convert"] += ["model.block.3.none", "model.decoder.block.3.none"]
+    (model / "config.json").write_text(json.dumps(config))
+    slices = sliced((model, 6, 12), (model, 0, 6))["slices"]
+    planned = plan({"merge_method": "passthrough", "modules": {each[:7]: {"slices": slices} for each in prefixes}})
+    (warning,) = [str(each) for each in planned.warnings if "may have moved" in str(each)]
+    assert "'model.block.3.none'" in warning
+    assert planned.files.config is not None
+    listed = planned.files.config["quantization_config"]["modules_to_not_convert"]
+    assert "model.block.3.none" in listed
+    assert "model.decoder.block.9.none" in listed
+    assert "model.decoder.block.3.none" not in listed
+
+
+@pytest.mark.parametrize("name", KEYS)
 def test_layers_that_the_models_have_unquantized_are_no_news(tmp_path: Path, name: str) -> None:
     """Nothing is decoded and nothing is added, whether or not entries are expressions; a decoded layer is both."""
     models = [write(tmp_path / each, name, 0) for each in "ab"]
