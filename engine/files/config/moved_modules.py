@@ -6,6 +6,7 @@ output that is the donor's layer 3. Modules in layers of other models are listed
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ def move_entries(
         A warning about what names layers in another way.
     """
     found = quantization_config(config)
-    prefixes = [each.prefix for each in built.models[built.donor].layers.stacks]
+    prefixes = tuple(each.prefix for each in built.models[built.donor].layers.stacks)
     moved = [_Moves(stack, None if chosen or not stack.inputs else built.donor, prefixes) for stack in stacks]
     if found is None or all(each.is_identity for each in moved):
         return []
@@ -71,7 +72,7 @@ class _Moves:
         stacks: prefixes of all stacks of the model that names the output's tensors.
     """
 
-    def __init__(self, stack: OutputStack, donor: int | None, stacks: Sequence[str]) -> None:
+    def __init__(self, stack: OutputStack, donor: int | None, stacks: tuple[str, ...]) -> None:
         count, layers = stack.donor.count, len(stack.sources)
         owners = [inputs[0][0] for inputs in stack.inputs] if donor is not None else [donor] * layers
         self._new: dict[int, list[int]] = {}
@@ -88,7 +89,7 @@ class _Moves:
     def renumber(self, entry: str) -> list[str] | None:
         """The entries in place of one that names a layer; None if it names none."""
         match = _LAYER.match(entry)
-        if match is None or _stacks_named(match[2], self._stacks) != [self._prefix]:
+        if match is None or _stacks_named(match[2], self._stacks) != (self._prefix,):
             return None
         return [f"{match[1]}{new}{entry[match.end() :]}" for new in self._new.get(int(match[3]), ())]
 
@@ -107,7 +108,8 @@ class _Moves:
         return SPECIAL.search(entry) is not None and self._pattern.search(entry) is not None
 
 
-def _stacks_named(named: str, prefixes: Iterable[str]) -> list[str]:
+@functools.lru_cache(64)
+def _stacks_named(named: str, prefixes: tuple[str, ...]) -> tuple[str, ...]:
     """The prefixes of the stacks that the text before a layer's number can mean: those most like it, from the end.
 
     Lists can have the names of a loader's modules, such as ``model.language_model.layers`` for ``model.layers``.
@@ -120,7 +122,7 @@ def _stacks_named(named: str, prefixes: Iterable[str]) -> list[str]:
         common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         if common and _tower(own) == _tower(parts):
             found.setdefault((own == parts, common), []).append(prefix)
-    return found[max(found)] if found else []
+    return tuple(found[max(found)]) if found else ()
 
 
 def _tower(parts: Sequence[str]) -> tuple[bool, bool]:
