@@ -16,6 +16,7 @@ from ...graph.build import BuiltGraph, OutputStack
 from ...graph.encoding.linear import without_numbers
 from ...model.checks.formats import quantization_config
 from ...model.formats.skip_lists import KEYS, SPECIAL, SkipList, skip_lists
+from ...model.inputs import Model
 from ...model.layers import Stack
 from ...model.roles import is_prediction, is_side_module
 from ...model.warnings import ModelWarning, ModelWarningKind
@@ -115,13 +116,14 @@ def _stacks_named(named: str, prefixes: tuple[str, ...]) -> tuple[str, ...]:
     Lists can have the names of a loader's modules, such as ``model.language_model.layers`` for ``model.layers``.
     """
     parts = named.replace("\\", "").split(".")
-    found: dict[tuple[bool, int], list[str]] = {}
+    found: dict[tuple[bool, bool, int], list[str]] = {}
     for prefix in prefixes:
         own = prefix.split(".")
         pairs = zip(reversed(parts), reversed(own), strict=False)
         common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if common and _tower(own) == _tower(parts):
-            found.setdefault((own == parts, common), []).append(prefix)
+        same = _tower(own) == _tower(parts)
+        if common and (same or common == len(parts)):  # the end of a prefix can't say which tower it is in
+            found.setdefault((own == parts, same, common), []).append(prefix)
     return tuple(found[max(found)]) if found else ()
 
 
@@ -152,7 +154,7 @@ def _listed_elsewhere(built: BuiltGraph) -> Iterator[str]:
     stacks = {each.donor.prefix: (mains.index(each.donor.prefix), each) for each in built.stacks if each.inputs}
     # not only the models that are read: a stage and a model with adapters have lists, and others have their tensors
     owners = {built.donor, *(inputs[0][0] for _, stack in stacks.values() for inputs in stack.inputs)}
-    lists = {number: skip_lists(built.models[number].checkpoint.config) for number in owners}
+    lists = {number: _Listed(built.models[number]) for number in owners}
     kinds: dict[tuple[str, str], bool] = {}
     for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True):
         layer = donor.layers.split(name) if len(graph.shape(node)) >= 2 and name.endswith(".weight") else None
@@ -168,16 +170,41 @@ def _listed_elsewhere(built: BuiltGraph) -> Iterator[str]:
         rest = layer.rest.removesuffix(".weight")
         kind = layer.stack, without_numbers(f".{rest}")
         if kind not in kinds:
-            kinds[kind] = _lists_in_any_layer(lists[built.donor], stack.donor, rest)
-        module = f"{own.prefix}.{index}.{rest}"
-        if kinds[kind] or any(each.entry_of(module) is not None for each in lists[number]):
+            indices = (*range(stack.donor.count), *stack.donor.extras)
+            kinds[kind] = lists[built.donor].names(stack.donor, indices, rest)
+        if kinds[kind] or lists[number].names(own, (index,), rest):
             yield name.removesuffix(".weight")
 
 
-def _lists_in_any_layer(lists: Sequence[SkipList], stack: Stack, module: str) -> bool:
-    """Whether one of the lists names a module of a stack's layers in any of them."""
-    names = [f"{stack.prefix}.{layer}.{module}" for layer in (*range(stack.count), *stack.extras)]
-    return any(each.entry_of(name) is not None for each in lists for name in names)
+class _Listed:
+    """What the lists in a model's config.json name.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._lists = skip_lists(model.checkpoint.config)
+        self._names = {each.prefix: _names_of(each.prefix, model) for each in model.layers.mains if self._lists}
+
+    def names(self, stack: Stack, layers: Iterable[int], module: str) -> bool:
+        """Whether one of the lists names a module in any of some layers of a main stack."""
+        prefixes = self._names.get(stack.prefix, ())
+        modules = [f"{prefix}.{layer}.{module}" for layer in layers for prefix in prefixes]
+        return any(each.entry_of(name) is not None for each in self._lists for name in modules)
+
+
+def _names_of(prefix: str, model: Model) -> tuple[str, ...]:
+    """A stack's prefix, and the others by which the lists in a model's config.json name its layers."""
+    described = quantization_config(model.checkpoint.config)
+    section = {} if described is None else described[1]
+    stacks = tuple(each.prefix for each in model.layers.stacks)
+    found = {prefix: None}
+    for entry in (each for name in KEYS if isinstance(section.get(name), list) for each in section[name]):
+        match = _LAYER.match(entry) if isinstance(entry, str) else None
+        if match is not None and _stacks_named(match[2], stacks) == (prefix,):
+            found[match[2].replace("\\", "")] = None
+    return tuple(found)
 
 
 def _texts(value: Any) -> Iterator[str]:

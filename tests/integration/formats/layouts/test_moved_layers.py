@@ -247,6 +247,20 @@ def test_entries_with_names_of_modules_follow_too(tmp_path: Path, name: str, nam
         assert not any(entry(f"{named}.11.{module}") in listed[key] for module in MODULES)
 
 
+@pytest.mark.parametrize("name", KEYS)
+def test_layers_of_another_model_have_its_entries_with_names_of_modules(tmp_path: Path, name: str) -> None:
+    """What the other model or the donor lists so is listed with the names of the output's tensors."""
+    first, second = (write(tmp_path, name, number, named="model.language_model.layers") for number in range(2))
+    plain = write_unquantized(tmp_path / "plain")
+    planned = plan(sliced((first, 0, 5), (second, 5, 9), (plain, 9, 12)))
+    assert planned.files.config is not None
+    form, keys, _ = KEYS[name]
+    for key, layer, module in itertools.product(keys, range(5, 12), MODULES):
+        listed = planned.files.config["quantization_config"][key]
+        expected = layer >= 9 or not is_quantized(1, layer, module)
+        assert listed_by(form, f"model.layers.{layer}.{module}", listed) == expected
+
+
 def test_entries_that_can_name_either_of_two_stacks_are_named(tmp_path: Path) -> None:
     """The encoder's and the decoder's layers have moved in one way each, so an entry can't follow both."""
     more = {"model_type": "t5", "num_layers": LAYERS, "num_decoder_layers": LAYERS}
