@@ -34,6 +34,11 @@ class DType:
     def __hash__(self) -> int:
         return hash(self.name)
 
+    @property
+    def is_wide_float(self) -> bool:
+        """Whether it is a float of 16 bits or more, which is a value and not a code."""
+        return self.kind is Kind.FLOAT and self.bits >= 16
+
     def nbytes(self, elements: int) -> int:
         """The size of `elements` elements in bytes. Raises ValueError if that is not an integral number."""
         bits = self.bits * elements

@@ -351,7 +351,7 @@ def _sizes_by_dtype(built: BuiltGraph) -> dict[str, int]:
     for number, count in Counter(map(graph.node_class.__getitem__, graph.outputs.nodes)).items():
         node = graph.class_nodes[number]
         dtype = graph.node_dtype[node]
-        if dtype.kind is ElementKind.FLOAT and dtype.bits >= 16 and dtype.torch_name:
+        if dtype.is_wide_float and dtype.torch_name:
             sizes[dtype.torch_name] = sizes.get(dtype.torch_name, 0) + count * graph.elements(node)
     return sizes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ....io.tensors.dtypes import Kind as ElementKind
 from ...graph.build import BuiltGraph
 from ...model.inputs import Model
 from ...model.logical import class_counts
@@ -51,6 +50,6 @@ def _main_dtypes(model: Model) -> set[str]:
     """The names of the unquantized floating-point dtypes of large parts of a model."""
     sizes: dict[str, int] = {}
     for tensor, count in class_counts(model.tensors):
-        if tensor.dtype.kind is ElementKind.FLOAT and tensor.dtype.bits >= 16:
+        if tensor.dtype.is_wide_float:
             sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes * count
     return {name for name, size in sizes.items() if size >= _SHARE * sum(sizes.values())}

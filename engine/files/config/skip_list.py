@@ -14,10 +14,10 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.units import plural
 from ...graph.build import BuiltGraph
 from ...graph.checks.quantized_outputs import decoded_outputs
+from ...graph.encoding.linear import experts_of
 from ...model.checks.formats import quantization_config
 from ...model.formats.skip_lists import KEYS, SkipList
 from ...model.roles import is_head
@@ -25,7 +25,6 @@ from ...model.warnings import ModelWarning, ModelWarningKind
 
 _IGNORE = ("compressed-tensors", "modelopt")
 """Values of ``quant_method`` of formats whose list is ``ignore``."""
-_EXPERT = re.compile(r"(.*\.experts)\.")
 
 
 def extend_skip_list(config: dict[str, Any], built: BuiltGraph) -> list[ModelWarning]:
@@ -69,8 +68,7 @@ def _heads(built: BuiltGraph) -> Iterator[str]:
     """Yield the modules of the output's heads that are not quantized."""
     graph = built.graph
     for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True):
-        dtype = graph.node_dtype[node]
-        if is_head(name) and dtype.kind is ElementKind.FLOAT and dtype.bits >= 16:
+        if is_head(name) and graph.node_dtype[node].is_wide_float:
             yield name.removesuffix(".weight")
 
 
@@ -84,12 +82,12 @@ def entries_of(modules: Iterable[str], quantized: Collection[str], method: str) 
     """
     experts: set[str] = set()
     for module in modules:
-        match = _EXPERT.match(module)
-        if match is None or match[1] in quantized:
+        owner = experts_of(module)
+        if owner is None or owner in quantized:
             yield module
-        elif match[1] not in experts:
-            experts.add(match[1])
-            yield _entry_of_experts(match[1], method)
+        elif owner not in experts:
+            experts.add(owner)
+            yield _entry_of_experts(owner, method)
 
 
 def _entry_of_experts(experts: str, method: str) -> str:
@@ -101,10 +99,7 @@ def _entry_of_experts(experts: str, method: str) -> str:
 
 def lists_of_codes(built: BuiltGraph) -> set[str]:
     """The lists of experts of which the output has quantized ones."""
-    graph, found = built.graph, set()
-    for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True):
-        dtype = graph.node_dtype[node]
-        if dtype.kind is not ElementKind.FLOAT or dtype.bits < 16:
-            match = _EXPERT.match(name)
-            found.update([match[1]] if match else [])
-    return found
+    graph = built.graph
+    outputs = zip(graph.outputs.names, graph.outputs.nodes, strict=True)
+    owners = (experts_of(name) for name, node in outputs if not graph.node_dtype[node].is_wide_float)
+    return {owner for owner in owners if owner is not None}

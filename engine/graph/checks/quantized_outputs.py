@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from ....errors import CheckpointError
-from ....io.tensors.dtypes import Kind as ElementKind
 from ....io.units import data_size, plural
 from ....methods.kernel.access import ALIGNED
 from ...model.checks.formats import format_name, quantization_config, unquantized
@@ -14,13 +12,10 @@ from ...model.inputs import Model
 from ...model.logical import LogicalTensor, LogicalTensors, codes_of, format_of
 from ...model.warnings import ModelWarning, ModelWarningKind
 from ...recipe.entries.dtype_lookup import Refuse
-from ..encoding.linear import kinds_of, split_groups, without_numbers
+from ..encoding.linear import experts_of, kinds_of, split_groups, without_numbers
 from ..encoding.sizes import sizes_of
 from ..graph import Kind, MergeGraph
 
-_WIDE = 16
-"""Bits of a floating-point number that is not a code."""
-_EXPERT = re.compile(r"(.*\.experts)\.")
 _UNRELATED = (
     "modules_to_not_convert",
     "ignored_layers",
@@ -119,8 +114,7 @@ def newly_decoded(graph: MergeGraph, models: Sequence[Model], donor: Model) -> l
 
 def _is_wide(graph: MergeGraph, node: int) -> bool:
     """Whether a node makes floating-point numbers of 16 bits or more, apart from scales."""
-    dtype = graph.node_dtype[node]
-    return graph.operation(node).made is ALIGNED and dtype.kind is ElementKind.FLOAT and dtype.bits >= _WIDE
+    return graph.operation(node).made is ALIGNED and graph.node_dtype[node].is_wide_float
 
 
 def decoding_warnings(
@@ -165,14 +159,13 @@ def split_warnings(graph: MergeGraph, models: Sequence[Model], donor: Model) -> 
         return
     stored: dict[str, None] = {}
     for name, node in zip(graph.outputs.names, graph.outputs.nodes, strict=True):
-        dtype = graph.node_dtype[node]
-        if dtype.kind is not ElementKind.FLOAT or dtype.bits < _WIDE:
+        if not graph.node_dtype[node].is_wide_float:
             stored[name.rpartition(".")[0]] = None
     found = sorted(split_groups({*decoded, *stored}, set(stored)))
     parts = sorted({module.rpartition(".")[2] for module, _ in found}) or ["experts"]
     if not found:
-        lists = {match[1]: module for module in stored if (match := _EXPERT.match(module))}
-        owners = ((match[1], module) for module in decoded if (match := _EXPERT.match(module)))
+        lists = {owner: module for module in stored if (owner := experts_of(module))}
+        owners = ((experts_of(module), module) for module in decoded)
         found = [(lists[owner], module) for owner, module in owners if owner in lists]
     if found:
         quantized, other = found[0]

@@ -23,6 +23,7 @@ _OTHER = re.compile(r"(?:weights|eh|dt|patch|pos|embed\w*|position\w*)_proj")
 _ROUTER = re.compile(r"gate|router|shared_expert_gate|wg")
 """Modules that choose experts."""
 _FUSED_EXPERTS = re.compile(r"(?:gate_up|gate|up|down)_proj")
+_EXPERT = re.compile(r"(.*\.experts)\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|\n|$)")
 _TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),
@@ -116,6 +117,12 @@ def split_groups(names: set[str], stored: set[str]) -> Iterator[tuple[str, str]]
 def without_numbers(name: str) -> str:
     """Return a name without the numbers of layers and experts."""
     return _NUMBER.sub("*", name)
+
+
+def experts_of(name: str) -> str | None:
+    """Return the name of the list of experts that a tensor or module belongs to, or None."""
+    match = _EXPERT.match(name)
+    return match[1] if match else None
 
 
 def kinds_of(names: Iterable[str]) -> set[str]:

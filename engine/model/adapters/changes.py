@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ....errors import CheckpointError
-from ....io.tensors.dtypes import Kind
 from ....io.tensors.refs import TensorRef
 
 PREFIX = "base_model.model."
@@ -69,7 +68,7 @@ def sort_tensors(adapter: str, tensors: Mapping[str, TensorRef]) -> AdapterTenso
     """
     found = AdapterTensors()
     for stored, ref in tensors.items():
-        if ref.dtype.kind is not Kind.FLOAT or ref.dtype.bits < 16:
+        if not ref.dtype.is_wide_float:
             raise CheckpointError(
                 f"{adapter}: tensor {stored} is {ref.dtype.name}: quantized adapters can't be applied; use the adapter "
                 "as it was before it was quantized"

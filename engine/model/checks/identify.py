@@ -9,7 +9,6 @@ from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.checkpoint.file_sets import ADAPTER, shard_number
 from ....io.open_source import quoted
-from ....io.tensors.dtypes import Kind
 from ....io.tensors.table import components, described
 from ....io.units import listed, plural
 from ..adapters.loaded import adapter_config
@@ -145,7 +144,7 @@ def _empty_tensors(checkpoint: Checkpoint) -> Iterator[str]:
     empty = [
         name
         for name, ref in described(checkpoint.tensors, lambda each: not each.elements)
-        if not ref.elements and ref.dtype.kind is Kind.FLOAT and ref.dtype.bits >= 16 and not is_buffer(name, ref.shape)
+        if not ref.elements and ref.dtype.is_wide_float and not is_buffer(name, ref.shape)
     ]
     # a parameter may have no rows, but keeps its other dimension
     if any(checkpoint.tensors[name].shape == (0,) for name in empty) or len(empty) == len(checkpoint.tensors):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....errors import CheckpointError
-from ....io.tensors.dtypes import DType, Kind
+from ....io.tensors.dtypes import DType
 from ....io.tensors.refs import TensorRef
 from .layouts import EXPERT_COUNTS, ExpertLayout, text_config_of
 
@@ -83,7 +83,7 @@ def check_tensor(model: str, name: str, ref: TensorRef, shape: Shape, dtype: DTy
     Raises:
         CheckpointError: it has not, or it is quantized.
     """
-    if ref.dtype.kind is not Kind.FLOAT or ref.dtype.bits < 16:
+    if not ref.dtype.is_wide_float:
         raise CheckpointError(
             f"tensor {name} of {model} is {ref.dtype.name}: quantized experts can't be rearranged into the layout of "
             f"another model: use a bfloat16 version of {model}"

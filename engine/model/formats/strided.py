@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ....errors import CheckpointError
 from ....io.checkpoint.checkpoint import Checkpoint
 from ....io.open_source import quoted
-from ....io.tensors.dtypes import DType, Kind
+from ....io.tensors.dtypes import DType
 from ....io.tensors.views import View
 from ....methods.kernel.access import Access, Slice, TransposedSlice
 from ..logical import LogicalTensor, Part
@@ -65,7 +65,7 @@ def find_views(checkpoint: Checkpoint) -> Iterator[LogicalTensor]:
 def _access(file: object, name: str, dtype: DType, view: View) -> Access:
     """Return the access to a view's elements. Raises CheckpointError if it can't be read."""
     access = access_of(view)
-    if access is None or dtype.kind is not Kind.FLOAT or dtype.bits < 16:
+    if access is None or not dtype.is_wide_float:
         kind = "" if access is None else f" {dtype.name}"
         raise CheckpointError(
             f"{file}: tensor {quoted(name)} with shape {list(view.shape)} has the strides {list(view.strides)}, and "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from ....io.tensors.dtypes import DType, Kind
+from ....io.tensors.dtypes import DType
 from ....io.tensors.refs import TensorRef
 from ....methods.kernel.access import ALIGNED, Access, BlockRows, FactorAccess, Shape, TransposedSlice
 from ....methods.kernel.decoder import Decoder
@@ -137,8 +137,7 @@ class LogicalTensor:
     @property
     def quantized(self) -> bool:
         """Whether the value is stored as codes, and not as a floating-point number of 16 bits or more."""
-        dtype = self.parts[0].ref.dtype
-        return self.decode is not None and (dtype.kind is not Kind.FLOAT or dtype.bits < 16)
+        return self.decode is not None and not self.parts[0].ref.dtype.is_wide_float
 
     @property
     def adapted(self) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ....errors import CheckpointError
-from ....io.tensors.dtypes import Kind
 from ....io.tensors.refs import TensorRef
 from ....methods.formats.adapters import REPLACED
 from ....methods.formats.gathered import GATHERED
@@ -99,8 +98,7 @@ def _table(recipe: Recipe, model: Model, name: str) -> Part:
 
 def _stored_table(model: Model, name: str) -> Part:
     tensor = model.tensors[name]
-    wide = tensor.dtype.kind is Kind.FLOAT and tensor.dtype.bits >= 16
-    if isinstance(tensor, TensorRef) and wide and name not in model.quantized:
+    if isinstance(tensor, TensorRef) and tensor.dtype.is_wide_float and name not in model.quantized:
         return Part(name, tensor)
     if isinstance(tensor, LogicalTensor) and tensor.adapted and (tensor.picked or tensor.format == REPLACED.name):
         return tensor.parts[0]

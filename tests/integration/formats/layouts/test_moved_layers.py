@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from compressed_tensors.utils.match import match_name
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import mergeloom
 from mergeloom.engine.run.planning import plan
+from tests.support.adapters.files import write_lora
 from tests.support.models import quantized, write_checkpoint
 from tests.support.outputs import read_model
 from tests.support.plans import linear, sliced, weighted_mean
@@ -45,23 +48,33 @@ KEYS: dict[str, tuple[str, list[str], Callable[[str], str]]] = {
 """By name: the format, the lists, and how entries are written."""
 
 
-def write(directory: Path, name: str, number: int, *, extra: bool = False) -> Path:
+def write(
+    directory: Path,
+    name: str,
+    number: int,
+    *,
+    extra: bool = False,
+    prefixes: Sequence[str] = ("model.layers",),
+    named: str | None = None,
+    more: Mapping[str, object] | None = None,
+) -> Path:
+    """A quantized model. `named` is what its lists name in place of its prefixes."""
     form, keys, entry = KEYS[name]
     quantize, section = quantized.FORMATS[form]
     generator = torch.Generator().manual_seed(number)
     stored = {"lm_head.weight": torch.randn(8, 48, generator=generator).bfloat16()}
     listed = ["lm_head"]
-    for layer in range(LAYERS + extra):
-        for module in MODULES:
-            weight, full = torch.randn(32, 48, generator=generator), f"model.layers.{layer}.{module}"
-            if is_quantized(number, layer, module):
-                stored |= {f"{full}.{ending}": each for ending, each in quantize(weight).stored.items()}
-            else:
-                stored[f"{full}.weight"] = weight.bfloat16()
-                listed.append(entry(full))
+    for prefix, layer, module in itertools.product(prefixes, range(LAYERS + extra), MODULES):
+        weight, full = torch.randn(32, 48, generator=generator), f"{prefix}.{layer}.{module}"
+        if is_quantized(number, layer, module):
+            stored |= {f"{full}.{ending}": each for ending, each in quantize(weight).stored.items()}
+        else:
+            stored[f"{full}.weight"] = weight.bfloat16()
+            listed.append(entry(f"{named or prefix}.{layer}.{module}"))
     section = section | dict.fromkeys(keys, listed)
     config: dict[str, Any] = {"model_type": "llama", "num_hidden_layers": LAYERS, "torch_dtype": "bfloat16"}
     config |= {"num_nextn_predict_layers": 1} if extra else {}
+    config |= more or {}
     return write_checkpoint(directory / f"{number}", stored, config=config | {"quantization_config": section})
 
 
@@ -117,6 +130,70 @@ def test_layers_of_another_model_have_its_entries(tmp_path: Path, name: str) -> 
             assert stored[f"model.layers.{new}.{module}"] == is_quantized(model, old, module)
 
 
+def write_unquantized(directory: Path, *, layers: int = LAYERS, prefix: str = "model.layers") -> Path:
+    """A fine-tune in bfloat16, whose config.json lists nothing."""
+    modules = [f"{prefix}.{layer}.{module}.weight" for layer in range(layers) for module in MODULES]
+    stored = {"lm_head.weight": torch.randn(8, 48).bfloat16()}
+    stored |= {name: torch.randn(32, 48).bfloat16() for name in modules}
+    config = {"model_type": "llama", "num_hidden_layers": layers, "torch_dtype": "bfloat16"}
+    return write_checkpoint(directory, stored, config=config)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_layers_of_an_unquantized_model_are_listed(tmp_path: Path, name: str) -> None:
+    """Routers, too, which no model quantizes, so nothing but the donor's entries for other layers says to list them."""
+    first, second = write(tmp_path, name, 0), write_unquantized(tmp_path / "plain")
+    mergeloom.merge(sliced((first, 0, 4), (second, 4, 9), (first, 9, 12)), tmp_path / "out")
+    stored = check(tmp_path / "out", name)
+    for layer in range(LAYERS):
+        for module in MODULES:
+            expected = not 4 <= layer < 9 and is_quantized(0, layer, module)
+            assert stored[f"model.layers.{layer}.{module}"] == expected
+
+
+def test_the_decoder_has_the_entries_of_its_layers_without_an_encoder(tmp_path: Path) -> None:
+    """The output's only stack is the second one of the models."""
+    prefixes = ("encoder.block", "decoder.block")
+    more = {"model_type": "t5", "num_layers": LAYERS, "num_decoder_layers": LAYERS}
+    first, second = (write(tmp_path, "transformers", number, prefixes=prefixes, more=more) for number in range(2))
+    recipe = sliced((first, 0, 5), (second, 5, 12))
+    mergeloom.merge(
+        {"merge_method": "passthrough", "modules": {"decoder": {"slices": recipe["slices"]}}}, tmp_path / "out"
+    )
+    stored = check(tmp_path / "out", "transformers")
+    for layer, module in itertools.product(range(LAYERS), MODULES):
+        assert stored[f"decoder.block.{layer}.{module}"] == is_quantized(int(layer >= 5), layer, module)
+
+
+@pytest.mark.parametrize("name", [name for name in KEYS if name != "both"])
+def test_layers_of_an_earlier_stage_have_its_entries(tmp_path: Path, name: str) -> None:
+    """The stage's layers have moved, too, so its entries are not those of the model in files."""
+    first, second = (write(tmp_path, name, number) for number in range(2))
+    stages = [
+        {"name": "turned", **sliced((second, 6, 12), (second, 0, 6))},
+        {"name": "final", **sliced((first, 0, 5), (Path("turned"), 5, 12))},
+    ]
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump_all(stages))
+    mergeloom.merge(tmp_path / "recipe.yml", tmp_path / "out")
+    stored = check(tmp_path / "out", name)
+    sources = [*((0, layer) for layer in range(5)), *((1, (layer + 6) % 12) for layer in range(5, 12))]
+    for new, (model, old) in enumerate(sources):
+        for module in MODULES:
+            assert stored[f"model.layers.{new}.{module}"] == is_quantized(model, old, module)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_layers_of_a_model_with_an_adapter_have_its_entries(tmp_path: Path, name: str) -> None:
+    """Its tensors are read as those of the model without the adapter."""
+    first, second = (write(tmp_path, name, number) for number in range(2))
+    adapter = write_lora(tmp_path / "adapter", {"model.layers.7.mlp.up_proj.weight": (32, 48)})
+    mergeloom.merge(sliced((first, 0, 5), (Path(f"{second}+{adapter}"), 5, 12)), tmp_path / "out")
+    stored = check(tmp_path / "out", name)
+    for layer, module in itertools.product(range(LAYERS), MODULES):
+        expected = (layer, module) != (7, "mlp.up_proj") and is_quantized(int(layer >= 5), layer, module)
+        assert stored[f"model.layers.{layer}.{module}"] == expected
+
+
 def test_a_layer_for_prediction_keeps_its_entries(tmp_path: Path) -> None:
     model = write(tmp_path, "transformers", 0, extra=True)
     mergeloom.merge(sliced((model, 0, 12), (model, 6, 12)), tmp_path / "out")
@@ -144,6 +221,64 @@ def test_entries_that_cannot_follow_are_named(tmp_path: Path) -> None:
     assert planned.files.config is not None
     assert "vision.layers.3.none" in planned.files.config["quantization_config"]["ignore"]
     assert not any("may have moved" in str(each) for each in plan(linear(model, model)).warnings)
+
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("named", ["model.language_model.layers", "language_model.model.layers"])
+def test_entries_with_names_of_modules_follow_too(tmp_path: Path, name: str, named: str) -> None:
+    """The loader's modules have other names than the checkpoint's tensors; a vision encoder has layers of its own."""
+    model = write(tmp_path, name, 0, named=named)
+    config = json.loads((model / "config.json").read_text())
+    _, keys, entry = KEYS[name]
+    stays = [entry(f"model.vision_tower.layers.{layer}.mlp.gate") for layer in (2, 11)]
+    for key in keys:
+        config["quantization_config"][key] += stays
+    (model / "config.json").write_text(json.dumps(config))
+    planned = plan(sliced((model, 4, 12), (model, 0, 3)))
+    assert not any("may have moved" in str(each) for each in planned.warnings)
+    assert planned.files.config is not None
+    listed = planned.files.config["quantization_config"]
+    for key in keys:
+        assert set(stays) <= set(listed[key])
+        for new, old in enumerate((*range(4, 12), *range(3))):
+            for module in MODULES:
+                expected = not is_quantized(0, old, module)
+                assert (entry(f"{named}.{new}.{module}") in listed[key]) == expected, (new, module)
+        assert not any(entry(f"{named}.11.{module}") in listed[key] for module in MODULES)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_layers_of_another_model_have_its_entries_with_names_of_modules(tmp_path: Path, name: str) -> None:
+    """What the other model or the donor lists so is listed with the names of the output's tensors."""
+    first, second = (write(tmp_path, name, number, named="model.language_model.layers") for number in range(2))
+    plain = write_unquantized(tmp_path / "plain")
+    planned = plan(sliced((first, 0, 5), (second, 5, 9), (plain, 9, 12)))
+    assert planned.files.config is not None
+    form, keys, _ = KEYS[name]
+    for key, layer, module in itertools.product(keys, range(5, 12), MODULES):
+        listed = planned.files.config["quantization_config"][key]
+        expected = layer >= 9 or not is_quantized(1, layer, module)
+        assert listed_by(form, f"model.layers.{layer}.{module}", listed) == expected
+
+
+def test_entries_that_can_name_either_of_two_stacks_are_named(tmp_path: Path) -> None:
+    """The encoder's and the decoder's layers have moved in one way each, so an entry can't follow both."""
+    more = {"model_type": "t5", "num_layers": LAYERS, "num_decoder_layers": LAYERS}
+    prefixes = ("encoder.block", "decoder.block")
+    model = write(tmp_path, "transformers", 0, prefixes=prefixes, more=more)
+    config = json.loads((model / "config.json").read_text())
+    section = config["quantization_config"]
+    section["modules_to_not_convert"] += ["model.block.3.none", "model.decoder.block.3.none"]
+    (model / "config.json").write_text(json.dumps(config))
+    slices = sliced((model, 6, 12), (model, 0, 6))["slices"]
+    planned = plan({"merge_method": "passthrough", "modules": {each[:7]: {"slices": slices} for each in prefixes}})
+    (warning,) = [str(each) for each in planned.warnings if "may have moved" in str(each)]
+    assert "'model.block.3.none'" in warning
+    assert planned.files.config is not None
+    listed = planned.files.config["quantization_config"]["modules_to_not_convert"]
+    assert "model.block.3.none" in listed
+    assert "model.decoder.block.9.none" in listed
+    assert "model.decoder.block.3.none" not in listed
 
 
 @pytest.mark.parametrize("name", KEYS)
