@@ -181,12 +181,13 @@ class _Linker:
         saved = [number for number, stage in enumerate(self._recipe.stages[:-1]) if stage.save]
         values = self._values([*saved, last])
         for output in final.graph.outputs:
-            dtype = final.graph.node_dtype[output.node]
-            graph.add_output(output.name, self._stored(values[last, output.node], dtype), output.group)
+            dtype, shape = final.graph.node_dtype[output.node], final.graph.shape(output.node)
+            graph.add_output(output.name, self._stored(values[last, output.node], dtype, shape), output.group)
         for number in saved:
             saving, found = self._recipe.stages[number], self._built[number].graph
             for output in found.outputs:
-                node = self._stored(values[number, output.node], _stored_dtype(saving, found, output.name, output.node))
+                dtype, shape = _stored_dtype(saving, found, output.name, output.node), found.shape(output.node)
+                node = self._stored(values[number, output.node], dtype, shape)
                 graph.add_output(output.name, node, output.group, saving.name or "")
         donor = final
         while self._recipe.stage(reference := donor.models[donor.donor].reference.base) is not None:
@@ -313,6 +314,12 @@ class _Linker:
             self._wide.add(node)
         return ~node
 
+    def _as_in_file(self, read: int) -> tuple[DType, tuple[int, ...]] | None:
+        """The dtype and shape of a read in its file: parts of values, such as packed codes, are read as others."""
+        model, name = self._models[self._graph.read_models[read]], self._graph.read_names[read]
+        stored = model.checkpoint.tensors.get(name)
+        return None if stored is None else (stored.dtype, stored.shape)
+
     def _equal(self, operation: Operation, sources: list[Value], dtype: DType) -> Value:
         """Add a node of tensors that must be equal, those that earlier stages compare included."""
         graph = self._graph
@@ -320,11 +327,11 @@ class _Linker:
         distinct = tuple(dict.fromkeys(reads))
         return distinct[0] if len(distinct) == 1 else ~graph.add_node(operation, distinct, dtype)
 
-    def _stored(self, value: Value, dtype: DType) -> int:
+    def _stored(self, value: Value, dtype: DType, shape: tuple[int, ...]) -> int:
         """Add the node of an output that has a value, rounded to `dtype`."""
         graph = self._graph
-        if value >= 0 and graph.reads[value].dtype == dtype:
-            return graph.add_node(Operation(Kind.COPY, "passthrough"), (value,), dtype)
+        if value >= 0 and (graph.reads[value].dtype == dtype or self._as_in_file(value) == (dtype, shape)):
+            return graph.add_node(Operation(Kind.COPY, "passthrough"), (value,), dtype, shape=shape)
         if value < 0 and (graph.operation(~value).kind is Kind.REQUIRE_EQUAL or len(graph.results_with(~value)) > 1):
             return ~value
         return ~self._converted(value, dtype)

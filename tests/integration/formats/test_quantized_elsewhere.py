@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
 import mergeloom
 from mergeloom.engine.run.planning import plan
@@ -36,6 +39,27 @@ def test_a_stage_that_copies_codes_passes_on_their_values(tmp_path: Path, form: 
             {name: tensor.numpy().tobytes() for name, tensor in read_model(tmp_path / f"out{number}").items()}
         )
     assert merged[0] == merged[1]
+
+
+@pytest.mark.parametrize("form", quantized.FORMATS)
+@pytest.mark.parametrize("save", [False, True])
+def test_what_stages_only_copy_is_stored_as_it_was(tmp_path: Path, form: str, save: bool) -> None:
+    """Exponents in bytes, packed codes and the only scale of a tensor are read in another dtype or shape."""
+    model, _ = quantized.write_pair(tmp_path, form, 1)
+    layers = [{"sources": [{"model": str(model), "layer_range": [n, n + 1]}]} for n in range(quantized.LAYERS)]
+    stages: list[dict[str, Any]] = [
+        {"name": "first", "merge_method": "passthrough", "slices": layers, "save": save},
+        {"merge_method": "passthrough", "models": [{"model": "first"}]},
+    ]
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump_all(stages))
+    mergeloom.merge(tmp_path / "recipe.yml", tmp_path / "out", device="cpu")
+    expected = read_model(model)
+    for out in (tmp_path / "out", *([tmp_path / "out" / "first"] if save else [])):
+        found = read_model(out)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+            assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("form", quantized.FORMATS)

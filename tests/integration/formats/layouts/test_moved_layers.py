@@ -165,7 +165,7 @@ def test_the_decoder_has_the_entries_of_its_layers_without_an_encoder(tmp_path: 
         assert stored[f"decoder.block.{layer}.{module}"] == is_quantized(int(layer >= 5), layer, module)
 
 
-@pytest.mark.parametrize("name", [name for name in KEYS if name != "both"])
+@pytest.mark.parametrize("name", KEYS)
 def test_layers_of_an_earlier_stage_have_its_entries(tmp_path: Path, name: str) -> None:
     """The stage's layers have moved, too, so its entries are not those of the model in files."""
     first, second = (write(tmp_path, name, number) for number in range(2))
