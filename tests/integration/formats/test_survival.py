@@ -25,7 +25,7 @@ from mergeloom.engine.schedule.budget import Budget, DeviceBudget
 from mergeloom.engine.schedule.schedule import make_schedule
 from mergeloom.errors import CheckpointError
 from mergeloom.io.output.journal import read_journal
-from mergeloom.io.output.lock import WORK
+from mergeloom.io.output.lock import WORK, Content, classify
 from mergeloom.io.reading import Reader
 from mergeloom.report.plan import plan_sections
 from mergeloom.report.result import result_text
@@ -236,6 +236,7 @@ def test_shares_do_not_depend_on_interruptions(
     assert len(whole.shares) == 6 + 4 * options.survival
     restarts = continued = 0
     while True:
+        finished = classify(tmp_path / "out").content is Content.FINISHED  # and killed then: nothing is merged again
         monkeypatch.setattr("mergeloom.engine.schedule.schedule.SLOT_BYTES", (64, 1024, 128, 4096)[restarts % 4] << 10)
         varied = replace(options, threads=1 + restarts % 3, max_ram=(4 + restarts % 2) << 30)
         try:
@@ -249,8 +250,8 @@ def test_shares_do_not_depend_on_interruptions(
             break
     assert restarts > 1
     assert continued > 0
-    assert result.shares == whole.shares
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert finished or result.shares == whole.shares
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")  # the manifest has the shares, too
 
 
 @pytest.mark.parametrize("case", CASES)
