@@ -104,11 +104,13 @@ def open_models(
             layers that can't be identified.
     """
     bases: dict[ModelReference, Model] = {}
+    twins: dict[ModelReference, Model | None] = {}
     identified = True
     plain = dict.fromkeys(reference.base for reference in references)
     for reference, (checkpoint, note) in _in_donors_layout(recipe, stage, plain, open_model):
         with located(recipe, reference):
-            tensors = _tensors_of(checkpoint, _twin(checkpoint, bases.values()))
+            twins[reference] = twin = _twin(checkpoint, bases.values())
+            tensors = _tensors_of(checkpoint, twin)
         try:
             layers = _layers_of(checkpoint, tensors, bases.values())
         except CheckpointError as error:
@@ -123,13 +125,12 @@ def open_models(
     for number, model in enumerate(bases.values()):
         if not identified:
             model.layers, model.identified = LayerMap((), ()), False
-        before = list(bases.values())[:number]
-        alike = next((other for other in before if _have_same_layers(other, model)), None)
+        alike = next((other for other in list(bases.values())[:number] if _have_same_layers(other, model)), None)
         if alike is None:
             sort_tensors(model)
         else:  # no copies: most merges are of models of one architecture
             model.by_layer, model.non_layer = alike.by_layer, alike.non_layer
-        twin = _twin(model.checkpoint, before)
+        twin = twins[model.reference]
         model.quantized = unknown_quantized(model.checkpoint, model.tensors) if twin is None else twin.quantized
     adapters = AdapterModels(recipe, open_model)
     models = [bases[each.base] if each is each.base else adapters.apply(each, bases[each.base]) for each in references]

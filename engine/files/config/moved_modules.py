@@ -1,7 +1,8 @@
 """Updates the lists of modules that are not quantized where layers have moved, or come from several models.
 
 An entry that names a layer by its number, such as ``model.layers.3.mlp.gate``, becomes one entry for each layer of the
-output that is the donor's layer 3. Modules in layers of other models are listed if their own config.json lists them.
+output that is the donor's layer 3. Modules in layers of other models are listed if their own config.json lists them, or
+the donor's lists their kind.
 """
 
 from __future__ import annotations
