@@ -73,7 +73,7 @@ _NO_RESULT = (
 TO_FINISH = {
     Content.NEW: _NO_RESULT,
     Content.FOREIGN: _NO_RESULT,
-    Content.UNFINISHED: "run the same command again to finish it",
+    Content.UNFINISHED: "run the command that began it again, to finish it",
     Content.IN_USE: "wait for it",
 }
 """The advice for a command that reads a finished merge or adapter."""
