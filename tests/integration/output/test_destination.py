@@ -174,7 +174,7 @@ def test_a_merge_that_is_being_published_is_not_taken_for_a_model(recipe: Path, 
         with pytest.raises(Stopped):
             merge(recipe, out, planning.Options(max_ram=4 << 30, device="cpu", shard_size=15_000))
     assert (out / "model-00001-of-00003.safetensors").exists()
-    with pytest.raises(CheckpointError, match="holds an unfinished merge; run the same command again"):
+    with pytest.raises(CheckpointError, match="holds an unfinished merge; run the command that began it again"):
         open_model(ModelReference(str(out)))
     with pytest.raises(CheckpointError, match="holds an unfinished merge"):
         merge({"merge_method": "passthrough", "models": [{"model": str(out)}]}, tmp_path / "other", OPTIONS)

@@ -226,7 +226,7 @@ def test_verify_says_that_an_extraction_is_unfinished(tmp_path: Path, monkeypatc
     for command in (("verify", out), ("inspect", f"{models[1]}+{out}")):
         ended = run(*command)
         assert ended.returncode == 4, ended.stderr
-        text = f"{out}: holds an unfinished extraction of an adapter; run the command that began it again, to finish it\n"
-        assert ended.stderr.endswith(text)
+        text = f"{out}: holds an unfinished extraction of an adapter; run the command that began it again, to finish it"
+        assert ended.stderr.endswith(f"{text}\n")
     mergeloom.extract_lora(*models, out, rank=2, threads=1)
     assert verify(out).whole
